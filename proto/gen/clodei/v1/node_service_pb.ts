@@ -1004,7 +1004,7 @@ export const NodeService: GenService<{
     output: typeof GetNodeResponseSchema;
   },
   /**
-   * Streams the nodes as they are, a bookmark, and then every change.
+   * Streams the nodes as they are, a bookmark, and then each node after it changed. Changes that follow each other fast may come as one.
    *
    * @generated from rpc clodei.v1.NodeService.WatchNodes
    */
