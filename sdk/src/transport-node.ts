@@ -1,0 +1,147 @@
+/**
+ * The Node side of the SDK, and the only file that imports from Node: Connect over HTTP/2 and TLS. A browser
+ * entry replaces this file alone.
+ */
+import { AsyncLocalStorage } from "node:async_hooks";
+import type { ClientHttp2Stream } from "node:http2";
+import { Code, ConnectError } from "@connectrpc/connect";
+import { createConnectTransport, Http2SessionManager } from "@connectrpc/connect-node";
+import { ClodeiError } from "./errors.ts";
+import type { Wire, WireOptions } from "./wire.ts";
+
+/** A peer that went away without a word is found out within this time plus the next, also on a silent stream. */
+const pingIntervalMs = 10_000;
+const pingTimeoutMs = 5_000;
+/** Messages are at most 4 MiB by the API's own limit. */
+const maxMessageBytes = 4 * 1024 * 1024;
+
+/** Node's codes for a connection that was lost or could not be made, and may be made at the next try. */
+const lostConnectionCodes: ReadonlySet<string> = new Set([
+  "ECONNREFUSED",
+  "ECONNRESET",
+  "ECONNABORTED",
+  "EPIPE",
+  "ETIMEDOUT",
+  "EHOSTUNREACH",
+  "ENETUNREACH",
+  "EAI_AGAIN",
+  "ERR_STREAM_PREMATURE_CLOSE",
+  "ERR_STREAM_DESTROYED",
+  "ERR_HTTP2_ERROR",
+  "ERR_HTTP2_GOAWAY_SESSION",
+  "ERR_HTTP2_INVALID_SESSION",
+  "ERR_HTTP2_INVALID_STREAM",
+  "ERR_HTTP2_SESSION_ERROR",
+  "ERR_HTTP2_STREAM_CANCEL",
+  "ERR_HTTP2_STREAM_ERROR",
+  "ERR_HTTP2_PING_CANCEL",
+]);
+
+/** Opens a wire. Nothing is sent before the first call. */
+export function openNodeWire(options: WireOptions): Wire {
+  const url = parseEndpoint(options.endpoint);
+  if (options.ca !== undefined && !options.ca.includes("-----BEGIN CERTIFICATE-----")) {
+    throw new ClodeiError("invalid_argument", "INVALID_ARGUMENT", "ca must be PEM text, not the name of a file");
+  }
+  const sessionManager = new Http2SessionManager(
+    url.origin,
+    { pingIntervalMs, pingTimeoutMs },
+    options.ca === undefined ? {} : { ca: options.ca },
+  );
+  /** The signal of the call for which a request is made: connect-node does not hand it down. */
+  const signals = new AsyncLocalStorage<AbortSignal | undefined>();
+  const transport = createConnectTransport({
+    baseUrl: url.href,
+    httpVersion: "2",
+    sessionManager: {
+      authority: sessionManager.authority,
+      async request(...request) {
+        const stream = await sessionManager.request(...request);
+        const signal = signals.getStore();
+        if (signal !== undefined) discardAfterAbort(stream, signal);
+        return stream;
+      },
+      notifyResponseByteRead: (stream) => sessionManager.notifyResponseByteRead(stream),
+    },
+    readMaxBytes: maxMessageBytes,
+    writeMaxBytes: maxMessageBytes,
+    // Our answers are small; decompression would cost more than the bytes.
+    acceptCompression: [],
+  });
+  const guardConnecting = guardOf(sessionManager, options.connectTimeoutMs);
+  return {
+    transport: {
+      async unary(...call) {
+        guardConnecting();
+        return await signals.run(call[1], async () => await transport.unary(...call));
+      },
+      async stream(...call) {
+        guardConnecting();
+        return await signals.run(call[1], async () => await transport.stream(...call));
+      },
+    },
+    isConnectionLost,
+    close: () => sessionManager.abort(),
+  };
+}
+
+/**
+ * A peer that takes the connection and never completes it would hold a stream for ever: streams have no deadline,
+ * and pings begin with the connection.
+ */
+function guardOf(sessionManager: Http2SessionManager, connectTimeoutMs: number): () => void {
+  let guarding = false;
+  return () => {
+    if (guarding || !["closed", "error", "connecting"].includes(sessionManager.state())) return;
+    guarding = true;
+    const timer = setTimeout(() => {
+      const message = `no connection within ${connectTimeoutMs} ms`;
+      sessionManager.abort(Object.assign(new Error(message), { code: "ETIMEDOUT" }));
+    }, connectTimeoutMs);
+    // Never rejects: who calls gets the error.
+    void sessionManager.connect().finally(() => {
+      clearTimeout(timer);
+      guarding = false;
+    });
+  };
+}
+
+/**
+ * When a call is aborted after its whole answer has arrived and before it was read, connect-node leaves the rest
+ * unread. Node then never closes the stream, which keeps the connection in use and the process alive for ever.
+ */
+function discardAfterAbort(stream: ClientHttp2Stream, signal: AbortSignal): void {
+  const discard = () => {
+    while (stream.read() !== null);
+  };
+  const onAbort = () => {
+    // After connect-node, which tells the server of the abort.
+    setImmediate(() => {
+      stream.on("readable", discard);
+      discard();
+    });
+  };
+  signal.addEventListener("abort", onAbort, { once: true });
+  stream.once("close", () => signal.removeEventListener("abort", onAbort));
+}
+
+function parseEndpoint(endpoint: string): URL {
+  const url = URL.canParse(endpoint) ? new URL(endpoint) : undefined;
+  const loopback = ["localhost", "127.0.0.1", "[::1]"].includes(url?.hostname ?? "");
+  // Over plain http an API key could be read by anyone on the way.
+  if (url?.protocol === "https:" || (url?.protocol === "http:" && loopback)) return url;
+  const message = `endpoint must be like "https://api.example:8443", not "${endpoint}"`;
+  throw new ClodeiError("invalid_argument", "INVALID_ARGUMENT", message);
+}
+
+function isConnectionLost(error: unknown): boolean {
+  // The server itself answered: whatever it said, the connection was there.
+  if (error instanceof ConnectError && error.isWireError) return false;
+  for (let at: unknown = error, depth = 0; at instanceof Error && depth < 10; at = at.cause, depth++) {
+    if ("code" in at && typeof at.code === "string" && lostConnectionCodes.has(at.code)) return true;
+  }
+  // The server, or a proxy, reset the stream: connect-node makes these errors without a cause.
+  return error instanceof ConnectError && error.cause === undefined && resetCodes.has(error.code);
+}
+
+const resetCodes: ReadonlySet<Code> = new Set([Code.Canceled, Code.Internal, Code.Unavailable, Code.Aborted]);
