@@ -1,0 +1,413 @@
+// The only reader of the environment. Every setting is in one table, from which values, checks and --help come.
+// What would carry secrets or customers' data over an unverified connection is refused here, by name.
+import { readFileSync } from "node:fs";
+import { resolve } from "node:path";
+import { defaultImageAllowlist } from "@clodei/proto/image-reference";
+import { euAndEeaCountries } from "@clodei/proto/locations";
+import { parseJwtIssuers } from "./identity/issuers.ts";
+import { type LogLevel, logLevels } from "./platform/log.ts";
+import type { DatabaseSource } from "./platform/open-database.ts";
+
+/** A configuration that cannot be started with. Each problem names its setting. */
+export class ConfigError extends Error {
+  readonly problems: readonly string[];
+  constructor(problems: readonly string[]) {
+    super(problems.join("\n"));
+    this.name = "ConfigError";
+    this.problems = problems;
+  }
+}
+
+type Setting<T> = {
+  readonly variable: string;
+  /** Settings with secrets have none: everybody on the machine sees command lines. */
+  readonly flag: string | undefined;
+  readonly fallback: string | undefined;
+  readonly help: string;
+  readonly parse: (text: string) => T;
+};
+
+function setting<T>(
+  variable: string,
+  flag: string | undefined,
+  fallback: string | undefined,
+  help: string,
+  parse: (text: string) => T,
+): Setting<T> {
+  return { variable, flag, fallback, help, parse };
+}
+
+const maxDelayMs = 24 * 60 * 60 * 1_000;
+
+const settings = {
+  dataFolder: setting("CLODEI_DATA", "--data", ".data", "folder of the embedded database, the CA and keys", (text) =>
+    resolve(text),
+  ),
+  publicHost: setting("CLODEI_PUBLIC_HOST", "--public-host", "127.0.0.1", "address of the public listener", parseText),
+  publicPort: setting("CLODEI_PUBLIC_PORT", "--public-port", "8443", "its port; 0: any free one", parsePort),
+  nodeHost: setting("CLODEI_NODE_HOST", "--node-host", "127.0.0.1", "address of the node listener", parseText),
+  nodePort: setting("CLODEI_NODE_PORT", "--node-port", "8444", "its port; 0: any free one", parsePort),
+  nodeEndpoint: setting(
+    "CLODEI_NODE_ENDPOINT",
+    "--node-endpoint",
+    "",
+    "host:port by which nodes reach the node listener; empty: the first public name and the node port",
+    parseEndpoint,
+  ),
+  operationsPort: setting(
+    "CLODEI_OPERATIONS_PORT",
+    "--operations-port",
+    "9464",
+    "port of /healthz, /readyz and /metrics, on loopback; 0: any free one",
+    parsePort,
+  ),
+  publicNames: setting(
+    "CLODEI_PUBLIC_NAMES",
+    "--public-names",
+    "localhost,127.0.0.1,::1",
+    "names and addresses in the listeners' certificates",
+    parseList,
+  ),
+  publicCertificateFile: setting(
+    "CLODEI_PUBLIC_CERTIFICATE_FILE",
+    "--public-certificate-file",
+    "",
+    "PEM chain for the public listener; empty: one of the embedded CA",
+    parseText,
+  ),
+  publicKeyFile: setting("CLODEI_PUBLIC_KEY_FILE", "--public-key-file", "", "its PEM key", parseText),
+  caCertificateFile: setting(
+    "CLODEI_CA_CERTIFICATE_FILE",
+    "--ca-certificate-file",
+    "",
+    "PEM of the node CA, from a mounted secret; empty: one in the data folder",
+    parseText,
+  ),
+  caKeyFile: setting("CLODEI_CA_KEY_FILE", "--ca-key-file", "", "its PEM key", parseText),
+  databaseUrl: setting(
+    "DATABASE_URL",
+    undefined,
+    "",
+    "PostgreSQL as clodei_app; empty: an embedded PostgreSQL in the data folder",
+    parseText,
+  ),
+  databaseSystemUrl: setting("DATABASE_SYSTEM_URL", undefined, "", "the same database as clodei_system", parseText),
+  databaseMigrationUrl: setting(
+    "DATABASE_MIGRATION_URL",
+    undefined,
+    "",
+    "the same database as a login that may SET ROLE clodei_owner; empty: the schema must be up to date",
+    parseText,
+  ),
+  databaseAdminUrl: setting(
+    "CLODEI_DATABASE_ADMIN_URL",
+    undefined,
+    "",
+    "an administrator's URL, for init-database alone",
+    parseText,
+  ),
+  databaseCaFile: setting(
+    "CLODEI_DATABASE_CA_FILE",
+    "--database-ca-file",
+    "",
+    "PEM of the CA that the database's certificate is verified by",
+    parseText,
+  ),
+  databaseConnections: setting(
+    "CLODEI_DATABASE_CONNECTIONS",
+    "--database-connections",
+    "10",
+    "most connections of each of the two logins",
+    parseInteger(2, 500),
+  ),
+  trustDomain: setting(
+    "CLODEI_TRUST_DOMAIN",
+    "--trust-domain",
+    "clodei.com",
+    "trust domain of nodes' SPIFFE ids",
+    parseText,
+  ),
+  allowedCountries: setting(
+    "CLODEI_ALLOWED_COUNTRIES",
+    "--allowed-countries",
+    euAndEeaCountries.join(","),
+    "ISO 3166-1 codes of countries where nodes may stand",
+    parseCountries,
+  ),
+  imageAllowlist: setting(
+    "CLODEI_IMAGE_ALLOWLIST",
+    "--image-allowlist",
+    defaultImageAllowlist.join(","),
+    "prefixes of images that may run",
+    parseList,
+  ),
+  corsOrigins: setting(
+    "CLODEI_CORS_ORIGINS",
+    "--cors-origins",
+    "",
+    "origins of browsers that may read answers",
+    parseList,
+  ),
+  jwtIssuers: setting(
+    "CLODEI_JWT_ISSUERS",
+    undefined,
+    "[]",
+    'token issuers as JSON: [{"issuer", "audience", "jwksUrl"?, "emailVerifiedClaim"?, "userEndpoint"?, "userEndpointHeaders"?}]',
+    parseJwtIssuers,
+  ),
+  heartbeatIntervalMs: setting(
+    "CLODEI_HEARTBEAT_INTERVAL_MS",
+    "--heartbeat-interval-ms",
+    "10000",
+    "time between heartbeats of a node",
+    parseInteger(50, maxDelayMs),
+  ),
+  leaseMs: setting(
+    "CLODEI_LEASE_MS",
+    "--lease-ms",
+    "30000",
+    "time without a heartbeat until a node is unreachable",
+    parseInteger(100, maxDelayMs),
+  ),
+  pollIntervalMs: setting(
+    "CLODEI_POLL_INTERVAL_MS",
+    "--poll-interval-ms",
+    "1000",
+    "time between looks at the database, behind hints",
+    parseInteger(20, maxDelayMs),
+  ),
+  drainMs: setting(
+    "CLODEI_DRAIN_MS",
+    "--drain-ms",
+    "25000",
+    "time for open requests after SIGTERM",
+    parseInteger(0, maxDelayMs),
+  ),
+  nodeCertificateLifetimeMs: setting(
+    "CLODEI_NODE_CERTIFICATE_LIFETIME_MS",
+    "--node-certificate-lifetime-ms",
+    String(24 * 60 * 60 * 1_000),
+    "lifetime of nodes' certificates",
+    parseInteger(1_000, 90 * maxDelayMs),
+  ),
+  addressRate: setting(
+    "CLODEI_ADDRESS_RATE",
+    "--address-rate",
+    "200",
+    "requests a second of one address, in the long run",
+    parseInteger(1, 1_000_000),
+  ),
+  callerRate: setting(
+    "CLODEI_CALLER_RATE",
+    "--caller-rate",
+    "100",
+    "requests a second of one caller, in the long run",
+    parseInteger(1, 1_000_000),
+  ),
+  logLevel: setting("CLODEI_LOG_LEVEL", "--log-level", "info", `one of ${logLevels.join(", ")}`, parseLogLevel),
+} as const;
+
+type SettingName = keyof typeof settings;
+
+/** What the control plane is configured to do. */
+export type Config = { readonly [K in SettingName]: ReturnType<(typeof settings)[K]["parse"]> };
+
+/** Where values come from. */
+export type ConfigSource = {
+  readonly flags?: Readonly<Record<string, string | undefined>>;
+  /** Default: the process's. */
+  readonly environment?: Readonly<Record<string, string | undefined>>;
+};
+
+/** The flags that take a value, for the command line's parser. */
+export const configFlags: readonly string[] = Object.values(settings).flatMap(({ flag }) =>
+  flag === undefined ? [] : [flag],
+);
+
+/**
+ * Reads and checks the configuration: a flag wins over its variable.
+ * @throws ConfigError with every problem found.
+ */
+export function loadConfig(source: ConfigSource = {}): Config {
+  const environment = source.environment ?? process.env;
+  const problems: string[] = [];
+  const entries = Object.entries(settings).map(([name, { variable, flag, fallback, parse }]) => {
+    const given = (flag === undefined ? undefined : source.flags?.[flag]) ?? environment[variable];
+    try {
+      return [name, parse(given ?? fallback ?? "")];
+    } catch (error) {
+      problems.push(`${flag === undefined ? variable : `${flag} (${variable})`}: ${messageOf(error)}`);
+      return [name, undefined];
+    }
+  });
+  if (problems.length > 0) throw new ConfigError(problems);
+  // The table gave each value its type; Object.entries forgot which.
+  const config = Object.fromEntries(entries) as Config;
+  problems.push(...crossCheck(config));
+  if (problems.length > 0) throw new ConfigError(problems);
+  return config;
+}
+
+/** The settings' part of --help. */
+export function configHelp(): string {
+  const lines = Object.values(settings).map(({ variable, flag, fallback, help }) => {
+    const name = flag === undefined ? variable : `${flag} (${variable})`;
+    return `  ${name}\n      ${help}${fallback === undefined || fallback === "" ? "" : ` [${fallback}]`}`;
+  });
+  return lines.join("\n");
+}
+
+// --- what must hold between settings
+
+function crossCheck(config: Config): string[] {
+  return [
+    ...pairProblems(
+      "CLODEI_PUBLIC_CERTIFICATE_FILE",
+      config.publicCertificateFile,
+      "CLODEI_PUBLIC_KEY_FILE",
+      config.publicKeyFile,
+    ),
+    ...pairProblems("CLODEI_CA_CERTIFICATE_FILE", config.caCertificateFile, "CLODEI_CA_KEY_FILE", config.caKeyFile),
+    ...pairProblems("DATABASE_URL", config.databaseUrl, "DATABASE_SYSTEM_URL", config.databaseSystemUrl),
+    ...databaseProblems(config),
+    ...config.corsOrigins.flatMap(originProblems),
+    ...(config.leaseMs < 2 * config.heartbeatIntervalMs
+      ? ["CLODEI_LEASE_MS: must be at least twice CLODEI_HEARTBEAT_INTERVAL_MS, or one lost heartbeat loses the node"]
+      : []),
+    ...(config.publicNames.length === 0 ? ["CLODEI_PUBLIC_NAMES: names at least one name"] : []),
+  ];
+}
+
+function pairProblems(first: string, firstValue: string, second: string, secondValue: string): string[] {
+  if ((firstValue === "") === (secondValue === "")) return [];
+  return [`${first} and ${second}: give both or none`];
+}
+
+function databaseProblems(config: Config): string[] {
+  const urls = {
+    DATABASE_URL: config.databaseUrl,
+    DATABASE_SYSTEM_URL: config.databaseSystemUrl,
+    DATABASE_MIGRATION_URL: config.databaseMigrationUrl,
+    CLODEI_DATABASE_ADMIN_URL: config.databaseAdminUrl,
+  };
+  const problems: string[] = [];
+  for (const [name, text] of Object.entries(urls)) {
+    if (text === "") continue;
+    const url = databaseUrlOf(text);
+    if (url === undefined) {
+      problems.push(`${name}: is not a postgres:// URL`);
+      continue;
+    }
+    const mode = url.searchParams.get("sslmode");
+    if (mode !== null && mode !== "verify-full" && !isLocalDatabase(url)) {
+      problems.push(
+        `${name}: sslmode=${mode} does not verify the database: the connection is always verified, leave it out`,
+      );
+    }
+    if (config.databaseCaFile === "" && !isLocalDatabase(url)) {
+      problems.push(`${name}: the database is not on this machine: give its CA as PEM in CLODEI_DATABASE_CA_FILE`);
+    }
+  }
+  if (config.databaseMigrationUrl !== "" && config.databaseUrl === "") {
+    problems.push("DATABASE_MIGRATION_URL: has no use without DATABASE_URL");
+  }
+  return problems;
+}
+
+/** The parts of a database URL, or undefined where it is none. `host` as a parameter names a socket's folder. */
+export function databaseUrlOf(text: string): URL | undefined {
+  if (!/^postgres(ql)?:\/\//.test(text)) return undefined;
+  // URL knows no empty host with a user, which is how a unix socket is written.
+  const url = URL.parse(text.replace(/^postgres(ql)?:\/\//, "http://").replace(/@\//, "@socket.invalid/"));
+  return url ?? undefined;
+}
+
+/** Whether a database is reached without leaving the machine. */
+export function isLocalDatabase(url: URL): boolean {
+  // The driver takes the last of several; none may lead away.
+  const hosts = url.searchParams.getAll("host");
+  return hosts.length === 0 ? isLoopback(url.hostname) : hosts.every((host) => host.startsWith("/"));
+}
+
+function originProblems(text: string): string[] {
+  const url = URL.parse(text);
+  if (url === null || url.origin !== text || text.includes("*"))
+    return [`CLODEI_CORS_ORIGINS: ${JSON.stringify(text)} is not an origin, like https://console.example`];
+  if (url.protocol === "https:" || isLoopback(url.hostname)) return [];
+  return [`CLODEI_CORS_ORIGINS: ${JSON.stringify(text)} is not https`];
+}
+
+function isLoopback(host: string): boolean {
+  return host === "localhost" || host === "[::1]" || host === "::1" || /^127\.\d+\.\d+\.\d+$/.test(host);
+}
+
+// --- parsers
+
+function parseText(text: string): string {
+  return text.trim();
+}
+
+function parsePort(text: string): number {
+  return parseInteger(0, 65_535)(text);
+}
+
+function parseEndpoint(text: string): string {
+  if (text !== "" && !/^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}$/.test(text)) throw new Error("must be host:port");
+  return text;
+}
+
+function parseInteger(least: number, most: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^\d{1,15}$/.test(text) || value < least || value > most) {
+      throw new Error(`must be a whole number from ${least} to ${most}, not ${JSON.stringify(text)}`);
+    }
+    return value;
+  };
+}
+
+function parseList(text: string): readonly string[] {
+  return text
+    .split(",")
+    .map((part) => part.trim())
+    .filter((part) => part !== "");
+}
+
+function parseCountries(text: string): readonly string[] {
+  const countries = parseList(text);
+  const wrong = countries.find((country) => !/^[A-Z]{2}$/.test(country));
+  if (wrong !== undefined) throw new Error(`${JSON.stringify(wrong)} is not an ISO 3166-1 code of two capital letters`);
+  if (countries.length === 0) throw new Error("names at least one country");
+  return countries;
+}
+
+function parseLogLevel(text: string): LogLevel {
+  const level = logLevels.find((known) => known === text);
+  if (level === undefined) throw new Error(`must be one of ${logLevels.join(", ")}`);
+  return level;
+}
+
+/** Where the configuration says that the database is. */
+export function databaseSourceOf(config: Config): DatabaseSource {
+  if (config.databaseUrl === "") return { kind: "embedded", dataFolder: config.dataFolder };
+  return {
+    kind: "urls",
+    appUrl: config.databaseUrl,
+    systemUrl: config.databaseSystemUrl,
+    migrationUrl: config.databaseMigrationUrl === "" ? undefined : config.databaseMigrationUrl,
+    caPem: config.databaseCaFile === "" ? undefined : readPem("CLODEI_DATABASE_CA_FILE", config.databaseCaFile),
+  };
+}
+
+/** Reads a PEM file that a setting names. @throws ConfigError that names the setting. */
+export function readPem(variable: string, path: string): string {
+  try {
+    return readFileSync(path, "utf8");
+  } catch (error) {
+    throw new ConfigError([`${variable}: ${messageOf(error)}`]);
+  }
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}

@@ -1,0 +1,81 @@
+// Whether a node may speak, asked before every one of its messages. The handshake looked at the certificate once,
+// and a resumed TLS session not at all: expiry, supersession and revocation are judged here, from the database,
+// with a memory shorter than the second in which a revoked node must be out. (The session keeper refreshes it at
+// once where a hint names the node.)
+import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
+import type { NodeId } from "@clodei/proto/ids";
+import type { CertificateCheck, NodesService } from "../nodes/service.ts";
+import type { Clock } from "../platform/clock.ts";
+import type { Database } from "../platform/database.ts";
+import type { DispatchLimits } from "./limits.ts";
+
+/** Who is at the other end, as the certificate of its TLS connection says. */
+export type Peer = {
+  readonly nodeId: NodeId;
+  readonly certificateSerial: string;
+  readonly certificateExpireTime: Date;
+  /** "address:port" of its connection. */
+  readonly address: string;
+};
+
+/** Why a node may not speak. */
+export type Refusal = { readonly reason: ErrorReason; readonly message: string };
+
+type Remembered = { readonly check: CertificateCheck | undefined; readonly atMs: number };
+
+/** Judges certificates, and remembers the judgment for a moment. */
+export class CertificateGate {
+  readonly #database: Database;
+  readonly #clock: Clock;
+  readonly #nodes: NodesService;
+  readonly #limits: DispatchLimits;
+  readonly #remembered = new Map<string, Remembered>();
+
+  constructor(options: { database: Database; nodes: NodesService; clock: Clock; limits: DispatchLimits }) {
+    this.#nodes = options.nodes;
+    this.#database = options.database;
+    this.#clock = options.clock;
+    this.#limits = options.limits;
+  }
+
+  /** Returns why the peer may not speak, or undefined where it may. */
+  async refusal(peer: Peer): Promise<Refusal | undefined> {
+    const remembered = this.#remembered.get(peer.certificateSerial);
+    if (remembered !== undefined && performance.now() - remembered.atMs < this.#limits.certificateCacheMs) {
+      return this.#judge(peer, remembered.check);
+    }
+    await this.refresh([peer]);
+    return this.#judge(peer, this.#remembered.get(peer.certificateSerial)?.check);
+  }
+
+  /** Asks the database about all of these at once. */
+  async refresh(peers: readonly Peer[]): Promise<void> {
+    const serials = [...new Set(peers.map((peer) => peer.certificateSerial))];
+    // Taken before the question: an answer is as old as the moment in which it was asked for.
+    const atMs = performance.now();
+    const checks = await this.#database.system((tx) => this.#nodes.checkCertificates(tx, serials));
+    if (this.#remembered.size + serials.length > this.#limits.maxCachedCertificates) this.#remembered.clear();
+    for (const serial of serials) this.#remembered.set(serial, { check: checks.get(serial), atMs });
+  }
+
+  #judge(peer: Peer, check: CertificateCheck | undefined): Refusal | undefined {
+    // Also where the database does not know the certificate: it was of a node that is no more, or of another control plane.
+    if (check === undefined || check.nodeId !== peer.nodeId) return certificateInvalid("the certificate is unknown");
+    if (check.state === "revoked") return { reason: ErrorReason.NODE_REVOKED, message: "the node was revoked" };
+    if (check.fault !== undefined) return certificateInvalid(`the certificate is ${check.fault}`);
+    if (check.expireTime <= this.#clock() || peer.certificateExpireTime <= this.#clock()) {
+      return certificateInvalid("the certificate is expired");
+    }
+    if (check.state === "quarantined") {
+      return {
+        reason: ErrorReason.NODE_QUARANTINED,
+        message: "two processes used the node's identity: an operator must enroll it again",
+      };
+    }
+    return undefined;
+  }
+}
+
+function certificateInvalid(message: string): Refusal {
+  return { reason: ErrorReason.CERTIFICATE_INVALID, message };
+}

@@ -1,0 +1,44 @@
+/** Every bound of the node link, by name. A test may lower one; nothing may lift one. */
+export const dispatchLimits = {
+  /** The largest message that is read. The schema's own rules stay below it. */
+  maxMessageBytes: 4 * 1024 * 1024,
+  /** Bytes that may wait for one agent to read them. Past it the agent is dropped: it reconnects and takes the whole state again. */
+  maxQueuedBytes: 1024 * 1024,
+  /** How long one message may wait for the agent to read it, as long as a lease. */
+  maxQueuedMs: 30_000,
+  /** A connection that does not say Hello, or which log stream it uploads, within this time is none of ours. */
+  firstMessageTimeoutMs: 10_000,
+  /** A TLS handshake takes two round trips; one that does not end holds memory for nothing. */
+  handshakeTimeoutMs: 10_000,
+  /** Connections a process, just below the 20,000 descriptors that some machines allow. */
+  maxConnections: 18_000,
+  /** Streams of one agent's connection: its session, its log uploads, a renewal, and what a reconnect overlaps. */
+  maxStreamsPerConnection: 100,
+  /** Session streams of one node that stand at once: its session, and reconnects that follow each other fast. */
+  maxSessionStreamsPerNode: 8,
+  /** How long the session that stands may take to answer a Probe. Longer than a slow link, shorter than a heartbeat. */
+  probeTimeoutMs: 5_000,
+  /** How long a newcomer must stay after the older session answered: a Hello that was only late is followed by its connection's end. */
+  cloneGraceMs: 1_000,
+  /** Log streams of one node, in this process. The agent has a limit of its own. */
+  maxLogStreamsPerNode: 64,
+  /** Log streams of one caller, in this process. */
+  maxLogStreamsPerCaller: 32,
+  /** How long an agent may take from OpenLogs to the first message of UploadLogs. */
+  logsOpenTimeoutMs: 10_000,
+  /** How long a certificate's state is believed without asking the database again. */
+  certificateCacheMs: 900,
+  /** Certificates whose state is remembered at once: twice the connections. */
+  maxCachedCertificates: 40_000,
+  /** Heartbeats are recorded together, after at most this time. */
+  heartbeatBatchMs: 50,
+  /** Journals of one node that are remembered. A node begins a new one only when its state folder was lost. */
+  maxJournalsPerNode: 16,
+  /** How long a stream may take to end by itself after Goodbye. */
+  goodbyeTimeoutMs: 1_000,
+  /** How long a caller shall wait before it asks again for a node that is away: the time of a reconnect. */
+  nodeUnreachableRetryMs: 2_000,
+} as const;
+
+/** The bounds, so that tests can hand in smaller ones. */
+export type DispatchLimits = { readonly [K in keyof typeof dispatchLimits]: number };

@@ -1,0 +1,263 @@
+// The node listener: everything of dispatch put together, in the order in which it starts, and undone in the reverse.
+import { randomUUID } from "node:crypto";
+import type { ServiceImpl } from "@connectrpc/connect";
+import { Server } from "@grpc/grpc-js";
+import { NodeLinkService } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import type { InstanceService } from "@clodei/proto/gen/clodei/v1/instance_service";
+import type { Registry } from "prom-client";
+import type { InstancesService } from "../instances/service.ts";
+import type { Authority, NodesService } from "../nodes/service.ts";
+import type { Clock } from "../platform/clock.ts";
+import type { Database } from "../platform/database.ts";
+import type { Log } from "../platform/log.ts";
+import { startReconciler } from "../platform/reconciler.ts";
+import type { Wakeups } from "../platform/wakeups.ts";
+import { type FreshCertificate, keepCertificateFresh } from "../rpc/listener-certificate.ts";
+import { CertificateGate, type Peer } from "./certificate-gate.ts";
+import { Connections } from "./connections.ts";
+import { Conversation } from "./conversation.ts";
+import { ListenerCredentials, type ListenerTlsMaterial } from "./credentials.ts";
+import { addGrpcService } from "./grpc-adapter.ts";
+import { HeartbeatBatcher } from "./heartbeats.ts";
+import { createMessageCheck } from "./incoming.ts";
+import { dispatchLimits, type DispatchLimits } from "./limits.ts";
+import { LogRelay } from "./log-relay.ts";
+import { createDispatchMetrics } from "./metrics.ts";
+import { NodeLink } from "./node-link.ts";
+import { SessionClaims } from "./session-claims.ts";
+import { SessionKeeper } from "./session-keeper.ts";
+import { LogStreams } from "./stream-logs.ts";
+
+/** What the node listener is made of. */
+export type NodeListenerDeps = {
+  readonly database: Database;
+  readonly wakeups: Wakeups;
+  readonly clock: Clock;
+  readonly log: Log;
+  readonly registry: Registry;
+  readonly nodes: NodesService;
+  readonly instances: InstancesService;
+  /** Tells nodes' certificates from others, and makes the listener's own. */
+  readonly authority: Pick<Authority, "issued" | "certificatePem" | "issueListenerCertificate">;
+  readonly config: NodeListenerConfig;
+};
+
+/** What an operator chooses. */
+export type NodeListenerConfig = {
+  /** The address to listen on. */
+  readonly host: string;
+  /** 0: any. */
+  readonly port: number;
+  /** Names and addresses in the listener's certificate. The first is the one in the endpoint. */
+  readonly publicNames: readonly string[];
+  readonly heartbeatIntervalMs: number;
+  readonly leaseMs: number;
+  readonly pollIntervalMs: number;
+  /** How long a drain may take before connections are cut. */
+  readonly drainMs: number;
+  /** Smaller bounds, for tests. */
+  readonly limits?: Partial<DispatchLimits>;
+};
+
+/** A node listener that serves. */
+export type NodeListener = {
+  /** "host:port", as nodes are told it. */
+  readonly endpoint: string;
+  readonly port: number;
+  /** The method that dispatch serves on the public listener. */
+  readonly handlers: Pick<ServiceImpl<typeof InstanceService>, "streamLogs">;
+  /** How many sessions this process holds. */
+  sessionCount(): number;
+  /** Replaces the listener's certificate; connections that stand go on. Happens by itself at half-life. */
+  renewCertificate(): Promise<void>;
+  /** Sends every agent elsewhere, ends log streams, and closes. */
+  close(): Promise<void>;
+};
+
+const keepaliveMs = 20_000;
+const keepaliveTimeoutMs = 10_000;
+/** Agents come back to other processes spread over this time. */
+const reconnectWithinMs = 5_000;
+const leaseCheckMs = 1_000;
+
+/** Starts the node listener. */
+export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeListener> {
+  const parts = assemble(deps);
+  const { config, log } = deps;
+  const obtain = (): Promise<FreshCertificate> =>
+    deps.authority.issueListenerCertificate(config.publicNames, deps.clock());
+  const first = await obtain();
+  const credentials = new ListenerCredentials(materialOf(first, deps));
+  const use = (next: FreshCertificate): void => credentials.renew(materialOf(next, deps));
+  const server = createServer(parts.limits);
+  addGrpcService(
+    server,
+    NodeLinkService,
+    parts.link.handlers((call) => peerOf(call, deps.authority)),
+    createMessageCheck(NodeLinkService.methods.map(({ input }) => input)),
+  );
+  const injector = server.createConnectionInjector(credentials);
+  const connections = new Connections({ injector, maxConnections: parts.limits.maxConnections });
+  parts.setCut((address) => connections.cut(address));
+  const port = await connections.listen(config.host, config.port);
+  const leases = startReconciler({
+    name: "node-leases",
+    topics: [],
+    intervalMs: leaseCheckMs,
+    wakeups: deps.wakeups,
+    log,
+    run: async () => {
+      while ((await deps.database.system((tx) => deps.nodes.expireLeases(tx))).length > 0);
+    },
+  });
+  const certificates = keepCertificateFresh({ first, obtain, use, log });
+  const endpoint = `${bracketed(config.publicNames[0] ?? config.host)}:${port}`;
+  log.info({ endpoint }, "the node listener serves");
+
+  const close = async (): Promise<void> => {
+    await certificates[Symbol.asyncDispose]();
+    const stopped = connections.stopAccepting();
+    parts.draining.abort();
+    parts.link.drain();
+    // GOAWAY on every connection; what has not ended in time is cut.
+    injector.drain(config.drainMs);
+    const cut = setTimeout(() => connections.cutAll(), config.drainMs);
+    await parts.link.idle();
+    injector.destroy();
+    await stopped;
+    clearTimeout(cut);
+    await leases[Symbol.asyncDispose]();
+    await parts.keeper[Symbol.asyncDispose]();
+    await parts.heartbeats[Symbol.asyncDispose]();
+    server.forceShutdown();
+  };
+  let closing: Promise<void> | undefined;
+  return {
+    endpoint,
+    port,
+    handlers: { streamLogs: (request, context) => parts.logs.streamLogs(request, context) },
+    sessionCount: () => parts.keeper.sessions().length,
+    renewCertificate: async () => use(await obtain()),
+    close: () => (closing ??= close()),
+  };
+}
+
+type Parts = {
+  readonly limits: DispatchLimits;
+  readonly keeper: SessionKeeper;
+  readonly heartbeats: HeartbeatBatcher;
+  readonly link: NodeLink;
+  readonly logs: LogStreams;
+  readonly draining: AbortController;
+  readonly setCut: (cut: (address: string) => void) => void;
+};
+
+function assemble(deps: NodeListenerDeps): Parts {
+  const { database, nodes, instances, wakeups, clock, log, config } = deps;
+  const limits: DispatchLimits = { ...dispatchLimits, ...config.limits };
+  const metrics = createDispatchMetrics(deps.registry);
+  const replicaId = randomUUID();
+  const draining = new AbortController();
+  const { leaseMs, pollIntervalMs, heartbeatIntervalMs } = config;
+  const gate = new CertificateGate({ database, nodes, clock, limits });
+  const keeper = new SessionKeeper({
+    database,
+    nodes,
+    instances,
+    wakeups,
+    gate,
+    metrics,
+    log,
+    pollIntervalMs,
+    leaseMs,
+  });
+  const claims = new SessionClaims({ database, wakeups, clock, limits, leaseMs, replicaId, nodes, instances });
+  const heartbeats = new HeartbeatBatcher({ database, nodes, clock, log, batchMs: limits.heartbeatBatchMs });
+  const relay = new LogRelay({ gate, limits, metrics });
+  let cut: (address: string) => void = () => undefined;
+  const conversation = new Conversation({
+    database,
+    wakeups,
+    nodes,
+    instances,
+    clock,
+    log,
+    metrics,
+    limits,
+    gate,
+    claims,
+    keeper,
+    heartbeats,
+    relay,
+    heartbeatIntervalMs,
+    leaseMs,
+  });
+  const link = new NodeLink({
+    database,
+    nodes,
+    log,
+    metrics,
+    limits,
+    gate,
+    relay,
+    conversation,
+    reconnectWithinMs,
+    draining: draining.signal,
+    cutConnection: (address) => cut(address),
+  });
+  const logs = new LogStreams({
+    database,
+    instances,
+    wakeups,
+    keeper,
+    relay,
+    limits,
+    pollIntervalMs,
+    replicaId,
+    draining: draining.signal,
+  });
+  const setCut = (next: (address: string) => void): void => {
+    cut = next;
+  };
+  return { limits, keeper, heartbeats, link, logs, draining, setCut };
+}
+
+function createServer(limits: DispatchLimits): Server {
+  return new Server({
+    "grpc.max_receive_message_length": limits.maxMessageBytes,
+    // A whole desired set may pass 4 MiB; what an agent cannot take, it refuses itself.
+    "grpc.max_send_message_length": -1,
+    "grpc.max_concurrent_streams": limits.maxStreamsPerConnection,
+    "grpc.keepalive_time_ms": keepaliveMs,
+    "grpc.keepalive_timeout_ms": keepaliveTimeoutMs,
+    // Its bookkeeping costs memory for every connection, and nothing reads it.
+    "grpc.enable_channelz": 0,
+  });
+}
+
+function materialOf(certificate: FreshCertificate, deps: NodeListenerDeps): ListenerTlsMaterial {
+  return {
+    certificateChainPem: certificate.certificateChainPem,
+    privateKeyPem: certificate.privateKeyPem,
+    clientCaPem: deps.authority.certificatePem,
+  };
+}
+
+function peerOf(
+  call: { getAuthContext(): { sslPeerCertificate?: { raw: Buffer } }; getPeer(): string },
+  authority: Pick<Authority, "issued">,
+): Peer | undefined {
+  const raw = call.getAuthContext().sslPeerCertificate?.raw;
+  const certificate = raw === undefined ? undefined : authority.issued(raw);
+  if (certificate === undefined) return undefined;
+  return {
+    nodeId: certificate.nodeId,
+    certificateSerial: certificate.serial,
+    certificateExpireTime: certificate.notAfter,
+    address: call.getPeer(),
+  };
+}
+
+function bracketed(host: string): string {
+  return host.includes(":") ? `[${host}]` : host;
+}

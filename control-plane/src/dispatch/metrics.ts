@@ -1,0 +1,57 @@
+// What an operator watches about the node link. Labels are few and fixed: never a node, an instance or a customer.
+import { Counter, Gauge, type Registry } from "prom-client";
+
+/** The metrics of dispatch. */
+export type DispatchMetrics = {
+  readonly sessions: Gauge;
+  readonly sessionsEnded: Counter<"reason">;
+  readonly foreignReports: Counter<"kind">;
+  readonly reportEntries: Counter<"kind" | "outcome">;
+  readonly reportGaps: Counter;
+  readonly agentsDropped: Counter<"why">;
+  readonly logStreams: Gauge;
+  readonly logBytes: Counter;
+};
+
+/** Registers the metrics. Once a registry. */
+export function createDispatchMetrics(registry: Registry): DispatchMetrics {
+  const registers = [registry];
+  return {
+    sessions: new Gauge({
+      name: "clodei_node_sessions",
+      help: "Sessions of nodes that this process holds.",
+      registers,
+    }),
+    sessionsEnded: new Counter({
+      name: "clodei_node_sessions_ended_total",
+      help: "Sessions that ended, by the reason of the Goodbye, or DISCONNECTED.",
+      labelNames: ["reason"],
+      registers,
+    }),
+    foreignReports: new Counter({
+      name: "clodei_node_foreign_reports_total",
+      help: "Entries of reports that spoke of an instance which is not the node's. Ignored; look at the log.",
+      labelNames: ["kind"],
+      registers,
+    }),
+    reportEntries: new Counter({
+      name: "clodei_node_report_entries_total",
+      help: "Entries of reports, by kind (status, usage) and outcome (applied, replayed).",
+      labelNames: ["kind", "outcome"],
+      registers,
+    }),
+    reportGaps: new Counter({
+      name: "clodei_node_report_gaps_total",
+      help: "Reports that did not continue the journal and were asked for again.",
+      registers,
+    }),
+    agentsDropped: new Counter({
+      name: "clodei_node_agents_dropped_total",
+      help: "Agents that were dropped because they did not read.",
+      labelNames: ["why"],
+      registers,
+    }),
+    logStreams: new Gauge({ name: "clodei_log_streams", help: "Log streams that this process relays.", registers }),
+    logBytes: new Counter({ name: "clodei_log_bytes_total", help: "Bytes of output that were relayed.", registers }),
+  };
+}

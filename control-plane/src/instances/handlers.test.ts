@@ -1,0 +1,308 @@
+import assert from "node:assert/strict";
+import { after, before, describe, it } from "node:test";
+import { Code, ConnectError } from "@connectrpc/connect";
+import { AttemptPhase, DesiredState } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import { Role } from "@clodei/proto/gen/clodei/options/v1/options";
+import {
+  InstanceReason,
+  InstanceState,
+  PortProtocol,
+  PullPolicy,
+  RestartPolicy,
+} from "@clodei/proto/gen/clodei/v1/instance";
+import { BadRequestSchema, ErrorInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
+import { newId } from "@clodei/proto/ids";
+import { addNode, createCustomer, type Fixture, reportPhase, startFixture } from "./test-fixture.ts";
+
+let fixture: Fixture;
+before(async () => {
+  fixture = await startFixture();
+});
+after(() => fixture[Symbol.asyncDispose]());
+
+const signal = new AbortController().signal;
+const image = "library/busybox";
+
+async function failureOf(
+  call: Promise<unknown>,
+): Promise<{ code: Code; reason: string; text: string; fields: string[] }> {
+  const error = await call.then(
+    () => assert.fail("the call succeeded"),
+    (reason: unknown) => ConnectError.from(reason),
+  );
+  const [info] = error.findDetails(ErrorInfoSchema);
+  const fields = error
+    .findDetails(BadRequestSchema)
+    .flatMap((detail) => detail.fieldViolations.map(({ field }) => field));
+  return { code: error.code, reason: info?.reason ?? "", text: error.rawMessage, fields };
+}
+
+describe("CreateInstance", () => {
+  it("answers PENDING with every default filled in and the image in full", async () => {
+    const customer = createCustomer();
+    const { instance } = await fixture.client(customer).createInstance({ spec: { image } });
+    assert.ok(instance);
+    assert.equal(instance.state, InstanceState.PENDING);
+    assert.equal(instance.organizationId, customer.organizationId);
+    assert.equal(instance.createdBy, customer.callerId);
+    assert.equal(instance.attempt, 1);
+    assert.equal(instance.version, 1n);
+    assert.equal(instance.nodeReachable, undefined);
+    const { spec } = instance;
+    assert.equal(spec?.image, "docker.io/library/busybox:latest");
+    assert.equal(spec.cpuMillis, 1000);
+    assert.equal(spec.memoryMib, 1024);
+    assert.equal(spec.restartPolicy, RestartPolicy.NEVER);
+    assert.equal(spec.pullPolicy, PullPolicy.IF_NOT_PRESENT);
+    assert.equal(spec.placementTimeout?.seconds, 600n);
+    assert.equal(spec.stopGrace?.seconds, 10n);
+  });
+
+  it("refuses what cannot be enforced yet, naming each field", async () => {
+    const ports = [{ containerPort: 80, protocol: PortProtocol.TCP }];
+    const spec = { image, diskMib: 100, workspaceMib: 100, ports };
+    const failure = await failureOf(fixture.client(createCustomer()).createInstance({ spec }));
+    assert.equal(failure.code, Code.Unimplemented);
+    assert.equal(failure.reason, "NOT_SUPPORTED_YET");
+    assert.deepEqual(failure.fields, ["spec.disk_mib", "spec.workspace_mib", "spec.ports"]);
+  });
+
+  it("refuses an image outside the allowlist, naming the field and what is allowed", async () => {
+    for (const outside of ["evil/miner", "ghcr.io/clodeievil/x", "pytorchevil/pytorch"]) {
+      const failure = await failureOf(fixture.client(createCustomer()).createInstance({ spec: { image: outside } }));
+      assert.equal(failure.reason, "IMAGE_NOT_ALLOWED", outside);
+      assert.deepEqual(failure.fields, ["spec.image"]);
+      assert.match(failure.text, /allowed are .*pytorch\//);
+    }
+  });
+
+  it("refuses variables that grant GPUs, and what the schema does not allow", async () => {
+    const client = fixture.client(createCustomer());
+    const env = { NVIDIA_VISIBLE_DEVICES: "all" };
+    const reserved = await failureOf(client.createInstance({ spec: { image, env } }));
+    assert.equal(reserved.reason, "INVALID_ARGUMENT");
+    assert.deepEqual(reserved.fields, ['spec.env["NVIDIA_VISIBLE_DEVICES"]']);
+    const tooMany = await failureOf(client.createInstance({ spec: { image, gpu: { count: 17 } } }));
+    assert.deepEqual(tooMany.fields, ["spec.gpu.count"]);
+    assert.match(tooMany.text, /16/);
+  });
+
+  it("has one effect for one idempotency key, and refuses the key with other content", async () => {
+    const customer = createCustomer();
+    const client = fixture.client(customer);
+    const request = { spec: { image, labels: { a: "1", b: "2" } }, idempotencyKey: "k-1" };
+    const answers = await Promise.all([client.createInstance(request), client.createInstance(request)]);
+    const third = await client.createInstance({ ...request, spec: { image, labels: { b: "2", a: "1" } } });
+    const ids = new Set([...answers, third].map(({ instance }) => instance?.id));
+    assert.equal(ids.size, 1);
+    assert.equal((await client.listInstances({})).instances.length, 1);
+    const other = await failureOf(client.createInstance({ ...request, spec: { image: "library/alpine" } }));
+    assert.equal(other.reason, "IDEMPOTENCY_KEY_REUSED");
+    // The key is this caller's alone.
+    const { instance } = await fixture.client(createCustomer()).createInstance(request);
+    assert.ok(!ids.has(instance?.id));
+  });
+
+  it("does not burn a key by a refusal", async () => {
+    const client = fixture.client(createCustomer());
+    await failureOf(client.createInstance({ spec: { image: "evil/miner" }, idempotencyKey: "k" }));
+    assert.ok((await client.createInstance({ spec: { image }, idempotencyKey: "k" })).instance);
+  });
+
+  it("is refused to a viewer, and where the e-mail address is not verified", async () => {
+    const viewer = { ...createCustomer(), roles: new Set([Role.VIEWER]) };
+    assert.equal(
+      (await failureOf(fixture.client(viewer).createInstance({ spec: { image } }))).code,
+      Code.PermissionDenied,
+    );
+    const unverified = { ...createCustomer(), emailVerified: false };
+    const failure = await failureOf(fixture.client(unverified).createInstance({ spec: { image } }));
+    assert.equal(failure.reason, "EMAIL_NOT_VERIFIED");
+  });
+});
+
+describe("another organization's instance", () => {
+  it("is to every method what an absent one is, text included", async () => {
+    const { instance } = await fixture.client(createCustomer()).createInstance({ spec: { image } });
+    assert.ok(instance);
+    const stranger = fixture.client(createCustomer());
+    const absent = newId("ins");
+    const drain = async (instanceId: string) => {
+      for await (const _ of stranger.watchInstances({ instanceId })) assert.fail("something was shown");
+    };
+    const calls: ((instanceId: string) => Promise<unknown>)[] = [
+      (instanceId) => stranger.getInstance({ instanceId }),
+      (instanceId) => stranger.stopInstance({ instanceId }),
+      (instanceId) => stranger.startInstance({ instanceId }),
+      (instanceId) => stranger.restartInstance({ instanceId }),
+      (instanceId) => stranger.deleteInstance({ instanceId }),
+      (instanceId) => stranger.listInstanceEvents({ instanceId }),
+      drain,
+    ];
+    for (const call of calls) {
+      const foreign = await failureOf(call(instance.id));
+      assert.equal(foreign.reason, "NOT_FOUND");
+      assert.deepEqual(foreign, await failureOf(call(absent)));
+    }
+    assert.deepEqual((await stranger.listInstances({ showDeleted: true })).instances, []);
+  });
+
+  it("is not in a page that is asked for with its owner's token", async () => {
+    const owner = fixture.client(createCustomer());
+    for (let count = 0; count < 3; count += 1) await owner.createInstance({ spec: { image } });
+    const { nextPageToken } = await owner.listInstances({ pageSize: 1 });
+    const page = await fixture.client(createCustomer()).listInstances({ pageSize: 1, pageToken: nextPageToken });
+    assert.deepEqual(page.instances, []);
+  });
+});
+
+describe("lists", () => {
+  it("page through all instances, the newest first, by tokens that belong to their filter", async () => {
+    const client = fixture.client(createCustomer());
+    const ids: string[] = [];
+    for (let count = 0; count < 5; count += 1) {
+      fixture.now = new Date(fixture.now.getTime() + 1);
+      const labels = { parity: count % 2 === 0 ? "even" : "odd" };
+      const { instance } = await client.createInstance({ spec: { image, labels } });
+      ids.unshift(instance?.id ?? "");
+    }
+    const seen: string[] = [];
+    let pageToken = "";
+    do {
+      const page = await client.listInstances({ pageSize: 2, pageToken });
+      seen.push(...page.instances.map(({ id }) => id));
+      pageToken = page.nextPageToken;
+    } while (pageToken !== "");
+    assert.deepEqual(seen, ids);
+    const filtered = await client.listInstances({ filter: { labels: { parity: "even" } }, pageSize: 2 });
+    assert.equal(filtered.instances.length, 2);
+    const mixed = await failureOf(client.listInstances({ pageSize: 2, pageToken: filtered.nextPageToken }));
+    assert.equal(mixed.reason, "PAGE_TOKEN_INVALID");
+    const none = await client.listInstances({ filter: { gpuModel: "H100-SXM" } });
+    assert.deepEqual(none.instances, []);
+    assert.deepEqual((await client.listInstances({ filter: { states: [InstanceState.RUNNING] } })).instances, []);
+    assert.equal((await client.listInstances({ filter: { states: [InstanceState.PENDING] } })).instances.length, 5);
+  });
+
+  it("show deleted instances only where they are asked for, and events in pages", async () => {
+    const client = fixture.client(createCustomer());
+    const { instance } = await client.createInstance({ spec: { image } });
+    assert.ok(instance);
+    const instanceId = instance.id;
+    await client.stopInstance({ instanceId });
+    await client.startInstance({ instanceId });
+    await client.deleteInstance({ instanceId });
+    assert.deepEqual((await client.listInstances({})).instances, []);
+    assert.equal((await client.listInstances({ showDeleted: true })).instances.length, 1);
+    assert.equal((await client.listInstances({ filter: { states: [InstanceState.DELETED] } })).instances.length, 1);
+    assert.equal((await client.getInstance({ instanceId })).instance?.state, InstanceState.DELETED);
+    const states: string[] = [];
+    let pageToken = "";
+    do {
+      const page = await client.listInstanceEvents({ instanceId, pageSize: 3, pageToken });
+      states.push(
+        ...page.events.map(
+          ({ sequence, attempt, state }) =>
+            `${sequence} ${attempt} ${InstanceState.STOPPED === state ? "STOPPED" : state}`,
+        ),
+      );
+      pageToken = page.nextPageToken;
+    } while (pageToken !== "");
+    assert.deepEqual(states, [
+      `1 1 ${InstanceState.PENDING}`,
+      "2 1 STOPPED",
+      `3 2 ${InstanceState.PENDING}`,
+      `4 2 ${InstanceState.DELETED}`,
+    ]);
+  });
+});
+
+describe("commands", () => {
+  it("that come at once leave one row without gaps in its versions", async () => {
+    await addNode(fixture, { cpuCount: 8 });
+    const customer = createCustomer();
+    const client = fixture.client(customer);
+    const { instance } = await client.createInstance({ spec: { image } });
+    assert.ok(instance);
+    const instanceId = instance.id;
+    const commands = ["stopInstance", "startInstance", "restartInstance", "stopInstance", "startInstance"] as const;
+    await Promise.all([
+      ...commands.map((name) => client[name]({ instanceId })),
+      fixture.scheduler.placePending(signal),
+      ...commands.map((name) => client[name]({ instanceId })),
+    ]);
+    const versions = await fixture.db.database.tenant(customer.organizationId, (tx) =>
+      tx.query<{ revision: bigint; payload: Buffer }>(
+        "select revision, payload from changes where subject_id = $1 order by revision",
+        [instanceId],
+      ),
+    );
+    const { instance: now } = await client.getInstance({ instanceId });
+    assert.equal(now?.version, BigInt(versions.length));
+    const { events } = await client.listInstanceEvents({ instanceId, pageSize: 500 });
+    assert.deepEqual(
+      events.map(({ sequence }) => sequence),
+      events.map((_, index) => BigInt(index + 1)),
+    );
+    await client.deleteInstance({ instanceId });
+  });
+
+  it("are refused to start what is deleted, and change nothing where nothing is to change", async () => {
+    const client = fixture.client(createCustomer());
+    const { instance } = await client.createInstance({ spec: { image } });
+    const instanceId = instance?.id ?? "";
+    assert.equal((await client.stopInstance({ instanceId })).instance?.version, 2n);
+    assert.equal((await client.stopInstance({ instanceId })).instance?.version, 2n);
+    await client.deleteInstance({ instanceId });
+    for (const call of [client.startInstance({ instanceId }), client.restartInstance({ instanceId })]) {
+      assert.equal((await failureOf(call)).reason, "FAILED_PRECONDITION");
+    }
+    assert.equal((await client.deleteInstance({ instanceId })).instance?.state, InstanceState.DELETED);
+  });
+
+  it("take an instance on a node through its whole life", async () => {
+    const nodeId = await addNode(fixture, { gpus: 8, cpuCount: 16 });
+    const client = fixture.client(createCustomer());
+    const gpu = { model: "H100-SXM", count: 2 };
+    const { instance } = await client.createInstance({ spec: { image, gpu, location: { country: "ES" } } });
+    assert.ok(instance);
+    const instanceId = instance.id;
+    await fixture.scheduler.placePending(signal);
+    const get = async () => (await client.getInstance({ instanceId })).instance;
+    const scheduled = await get();
+    assert.equal(scheduled?.state, InstanceState.SCHEDULED);
+    assert.equal(scheduled.gpus.length, 2);
+    assert.ok(scheduled.gpus.every(({ simulated, model }) => simulated && model === "H100-SXM"));
+    assert.equal(scheduled.location?.datacenter, "kumo-1");
+    assert.equal(scheduled.nodeReachable, true);
+    const first = { id: instanceId, attempt: 1 };
+    await reportPhase(fixture, nodeId, first, AttemptPhase.RUNNING);
+    assert.equal((await get())?.state, InstanceState.RUNNING);
+    await client.restartInstance({ instanceId });
+    await reportPhase(fixture, nodeId, first, AttemptPhase.ENDED, { exitCode: 143 });
+    assert.equal((await get())?.state, InstanceState.PENDING);
+    assert.deepEqual((await get())?.gpus, []);
+    await fixture.scheduler.placePending(signal);
+    assert.equal((await get())?.attempt, 2);
+    const second = { id: instanceId, attempt: 2 };
+    await reportPhase(fixture, nodeId, second, AttemptPhase.RUNNING);
+    // Late news of the first attempt.
+    await reportPhase(fixture, nodeId, first, AttemptPhase.ENDED, { exitCode: 1 });
+    assert.equal((await get())?.state, InstanceState.RUNNING);
+    await client.deleteInstance({ instanceId });
+    const desired = await fixture.db.database.system((tx) => fixture.instances.desiredSet(tx, nodeId));
+    const wished = desired.instances.find((each) => each.instanceId === instanceId);
+    assert.equal(wished?.state, DesiredState.REMOVED);
+    await reportPhase(fixture, nodeId, second, AttemptPhase.ENDED, {
+      reason: InstanceReason.EXITED_NONZERO,
+      exitCode: 137,
+    });
+    await reportPhase(fixture, nodeId, second, AttemptPhase.REMOVED);
+    assert.equal((await get())?.state, InstanceState.DELETED);
+    const after = await fixture.db.database.system((tx) => fixture.instances.desiredSet(tx, nodeId));
+    assert.ok(!after.instances.some((each) => each.instanceId === instanceId));
+    assert.ok(after.generation > desired.generation);
+    const free = await fixture.db.database.system((tx) => fixture.placement.nodeAllocations(tx, [nodeId]));
+    assert.deepEqual(free.get(nodeId)?.gpuUuids, []);
+  });
+});

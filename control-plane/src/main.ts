@@ -1,0 +1,164 @@
+#!/usr/bin/env node
+// The command clodei-control-plane.
+import { parseArgs } from "node:util";
+import packageJson from "../package.json" with { type: "json" };
+import { type Config, ConfigError, configFlags, configHelp, databaseSourceOf, loadConfig, readPem } from "./config.ts";
+import { IdentityService } from "./identity/service.ts";
+import { OrganizationsService } from "./organizations/service.ts";
+import { systemClock } from "./platform/clock.ts";
+import { Database } from "./platform/database.ts";
+import { FolderInUseError } from "./platform/embedded-postgres.ts";
+import { createLog } from "./platform/log.ts";
+import { LoginError } from "./platform/logins.ts";
+import { SchemaError } from "./platform/migrations.ts";
+import { connectionOf, openDatabase } from "./platform/open-database.ts";
+import { appRole, createRolePasswords, initializeRoles, migratorRole, systemRole } from "./platform/roles.ts";
+
+const help = `clodei-control-plane [command] [settings]
+
+Commands:
+  serve                              serves the public API and the node link (the default)
+  create-operator [--name NAME]      makes a platform operator and prints its API key, once
+  create-organization --name NAME    makes an organization and prints an API key of its admin, once
+  init-database                      makes the roles in CLODEI_DATABASE_ADMIN_URL and prints three URLs
+  --help, --version
+
+Settings, each a flag or a variable; a flag wins:
+${configHelp()}
+`;
+
+type Arguments = { readonly command: string; readonly name: string | undefined; readonly config: Config };
+
+async function main(): Promise<number> {
+  const parsed = parse(process.argv.slice(2));
+  if (typeof parsed === "string") {
+    process.stdout.write(parsed);
+    return 0;
+  }
+  switch (parsed.command) {
+    case "serve":
+      return serve(parsed.config);
+    case "create-operator":
+      return createOperator(parsed);
+    case "create-organization":
+      return createOrganization(parsed);
+    case "init-database":
+      return initDatabase(parsed.config);
+    default:
+      throw new ConfigError([`there is no command ${JSON.stringify(parsed.command)}: see --help`]);
+  }
+}
+
+function parse(args: readonly string[]): Arguments | string {
+  const texts: Record<string, { type: "string" }> = {};
+  for (const flag of [...configFlags, "--name"]) texts[flag.slice(2)] = { type: "string" };
+  const { values, positionals } = parseArgs({
+    args: [...args],
+    options: { ...texts, help: { type: "boolean", short: "h" }, version: { type: "boolean" } },
+    allowPositionals: true,
+    strict: true,
+  });
+  if (values.help === true) return help;
+  if (values.version === true) return `${packageJson.version}\n`;
+  if (positionals.length > 1) throw new ConfigError([`unexpected: ${positionals.slice(1).join(" ")}`]);
+  const flags: Record<string, string> = {};
+  for (const [name, value] of Object.entries<unknown>(values))
+    if (typeof value === "string") flags[`--${name}`] = value;
+  const config = loadConfig({ flags });
+  return { command: positionals[0] ?? "serve", name: flags["--name"], config };
+}
+
+/** Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once. */
+async function serve(config: Config): Promise<number> {
+  const log = createLog(config.logLevel);
+  const stop = Promise.withResolvers<number>();
+  let asked = false;
+  const onSignal = (): void => {
+    if (asked) process.exit(1);
+    asked = true;
+    stop.resolve(0);
+  };
+  process.on("SIGTERM", onSignal);
+  process.on("SIGINT", onSignal);
+  // Loaded late: the other commands need a fraction of it, and are used by scripts that wait for them.
+  const { listeningOf, startControlPlane } = await import("./start.ts");
+  const running = await startControlPlane(config, { log });
+  running.failed.addEventListener("abort", () => stop.resolve(1));
+  process.stdout.write(`${JSON.stringify({ listening: listeningOf(running) })}\n`);
+  const code = await stop.promise;
+  await running.close();
+  return code;
+}
+
+async function createOperator({ config, name }: Arguments): Promise<number> {
+  await withServices(config, async ({ database, identity }) => {
+    const operator = await database.system((tx) => identity.createOperator(tx, { name: name ?? "operator" }));
+    print({ operatorId: operator.operatorId, apiKey: operator.apiKey });
+  });
+  return 0;
+}
+
+async function createOrganization({ config, name }: Arguments): Promise<number> {
+  if (name === undefined) throw new ConfigError(["create-organization: --name is missing"]);
+  await withServices(config, async ({ database, organizations }) => {
+    const created = await database.system((tx) => organizations.create(tx, { name }));
+    print({ organizationId: created.organizationId, apiKey: created.adminApiKey });
+  });
+  return 0;
+}
+
+async function initDatabase(config: Config): Promise<number> {
+  const { databaseAdminUrl: url } = config;
+  if (url === "") throw new ConfigError(["CLODEI_DATABASE_ADMIN_URL: is missing"]);
+  const caPem = config.databaseCaFile === "" ? undefined : readPem("CLODEI_DATABASE_CA_FILE", config.databaseCaFile);
+  const passwords = createRolePasswords();
+  await initializeRoles(connectionOf(url, caPem), passwords);
+  process.stdout.write(
+    `DATABASE_URL=${withLogin(url, appRole, passwords.app)}\n` +
+      `DATABASE_SYSTEM_URL=${withLogin(url, systemRole, passwords.system)}\n` +
+      `DATABASE_MIGRATION_URL=${withLogin(url, migratorRole, passwords.migrator)}\n`,
+  );
+  return 0;
+}
+
+/** The same database by another login. */
+function withLogin(url: string, user: string, password: string): string {
+  return url.replace(/^(postgres(?:ql)?:\/\/)(?:[^@/]*@)?/, `$1${user}:${password}@`);
+}
+
+type Services = {
+  readonly database: Database;
+  readonly identity: IdentityService;
+  readonly organizations: OrganizationsService;
+};
+
+/** Opens the database for one command, also beside a server that runs on the same data folder. */
+async function withServices(config: Config, work: (services: Services) => Promise<void>): Promise<void> {
+  const log = createLog("warn");
+  const clock = systemClock;
+  await using opened = await openDatabase(databaseSourceOf(config), { log, share: true });
+  await using database = new Database({ app: opened.app, system: opened.system, maxConnectionsPerPool: 2, log });
+  const identity = new IdentityService({ issuers: config.jwtIssuers, clock, log });
+  await work({ database, identity, organizations: new OrganizationsService({ database, identity, clock }) });
+}
+
+function print(value: Readonly<Record<string, string>>): void {
+  process.stdout.write(`${JSON.stringify(value)}\n`);
+}
+
+const knownErrors = [ConfigError, FolderInUseError, SchemaError, LoginError];
+
+/** What parseArgs throws. */
+function isArgumentError(error: unknown): boolean {
+  return error instanceof TypeError && "code" in error && String(error.code).startsWith("ERR_PARSE_ARGS");
+}
+
+try {
+  process.exitCode = await main();
+} catch (error) {
+  // A person reads this: what to change, without a stack. Everything else is a fault of ours and keeps it.
+  const known = knownErrors.some((kind) => error instanceof kind) || isArgumentError(error);
+  const text = error instanceof Error ? (known ? error.message : (error.stack ?? error.message)) : String(error);
+  process.stderr.write(`clodei-control-plane: ${text}\n`);
+  process.exitCode = known ? 2 : 1;
+}

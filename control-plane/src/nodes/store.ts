@@ -1,0 +1,308 @@
+// All SQL about nodes and their inventory. Works as clodei_system: a node belongs to no organization. Every change
+// that an operator can see moves the node's version on and is recorded in the fleet's feed, in its transaction.
+import { fromBinary, toBinary } from "@bufbuild/protobuf";
+import { type NodeInventory, NodeInventorySchema } from "@clodei/proto/gen/clodei/v1/inventory";
+import type { NodeId } from "@clodei/proto/ids";
+import { recordChange } from "../platform/changes.ts";
+import type { SystemTx, Tx } from "../platform/database.ts";
+import type { FleetNode, NodeLocation, NodeState } from "./model.ts";
+
+type RawNode = {
+  readonly id: NodeId;
+  readonly name: string;
+  readonly country: string;
+  readonly region: string;
+  readonly datacenter: string;
+  readonly tier: number;
+  readonly state: NodeState;
+  readonly message: string;
+  readonly cordoned: boolean;
+  readonly connected: boolean;
+  readonly agent_version: string;
+  readonly inventory: Buffer | null;
+  readonly accepting_work: boolean;
+  readonly accepting_work_message: string;
+  readonly create_time: Date;
+  readonly update_time: Date;
+  readonly heartbeat_time: Date | null;
+  readonly certificate_expire_time: Date | null;
+  readonly desired_generation: bigint;
+  readonly observed_generation: bigint;
+  readonly version: bigint;
+};
+
+const nodeColumns = `n.id, n.name, n.country, n.region, n.datacenter, n.tier, n.state, n.message, n.cordoned, n.connected,
+  n.agent_version, n.inventory, n.accepting_work, n.accepting_work_message, n.create_time,
+  n.update_time, n.heartbeat_time, n.desired_generation, n.observed_generation, n.version,
+  (select max(c.expire_time) from node_certificates c where c.node_id = n.id and c.state = 'active')
+    as certificate_expire_time`;
+
+function toNode(row: RawNode): FleetNode {
+  return {
+    nodeId: row.id,
+    name: row.name,
+    location: { country: row.country, region: row.region, datacenter: row.datacenter, tier: row.tier },
+    state: row.state,
+    message: row.message,
+    cordoned: row.cordoned,
+    connected: row.connected,
+    agentVersion: row.agent_version,
+    inventory: row.inventory === null ? undefined : fromBinary(NodeInventorySchema, row.inventory),
+    acceptingWork: row.accepting_work,
+    acceptingWorkMessage: row.accepting_work_message,
+    createTime: row.create_time,
+    updateTime: row.update_time,
+    heartbeatTime: row.heartbeat_time ?? undefined,
+    certificateExpireTime: row.certificate_expire_time ?? undefined,
+    desiredGeneration: row.desired_generation,
+    observedGeneration: row.observed_generation,
+    version: row.version,
+  };
+}
+
+/** Nodes by id, in the order of their ids. */
+export async function readNodes(tx: SystemTx, nodeIds: readonly NodeId[]): Promise<FleetNode[]> {
+  const rows = await tx.query<RawNode>(`select ${nodeColumns} from nodes n where n.id = any($1) order by n.id`, [
+    nodeIds,
+  ]);
+  return rows.map(toNode);
+}
+
+/** One node; undefined where there is none. */
+export async function readNode(tx: SystemTx, nodeId: NodeId): Promise<FleetNode | undefined> {
+  const [node] = await readNodes(tx, [nodeId]);
+  return node;
+}
+
+/** Locks nodes against other writers until the transaction ends. Always in the order of ids: two such calls cannot deadlock. */
+export async function lockNodes(tx: SystemTx, nodeIds: readonly NodeId[]): Promise<FleetNode[]> {
+  const rows = await tx.query<RawNode>(
+    `select ${nodeColumns} from nodes n where n.id = any($1) order by n.id for no key update of n`,
+    [nodeIds],
+  );
+  return rows.map(toNode);
+}
+
+/** Which nodes a list shows. */
+export type NodeFilter = {
+  readonly states: readonly NodeState[];
+  readonly country: string | undefined;
+  readonly region: string | undefined;
+  readonly datacenter: string | undefined;
+};
+
+/** A page of nodes by name, after a (name, id). */
+export async function listNodes(
+  tx: SystemTx,
+  filter: NodeFilter,
+  after: { readonly name: string; readonly id: string } | undefined,
+  limit: number,
+): Promise<FleetNode[]> {
+  const rows = await tx.query<RawNode>(
+    `select ${nodeColumns} from nodes n
+     where n.state = any($1)
+       and ($2::text is null or n.country = $2)
+       and ($3::text is null or n.region = $3)
+       and ($4::text is null or n.datacenter = $4)
+       and ($5::text is null or (n.name, n.id) > ($5, $6))
+     order by n.name, n.id
+     limit $7`,
+    [
+      filter.states,
+      filter.country ?? null,
+      filter.region ?? null,
+      filter.datacenter ?? null,
+      after?.name ?? null,
+      after?.id ?? null,
+      limit,
+    ],
+  );
+  return rows.map(toNode);
+}
+
+/** Every node that is not revoked. */
+export async function readFleet(tx: SystemTx): Promise<FleetNode[]> {
+  const rows = await tx.query<RawNode>(
+    `select ${nodeColumns} from nodes n where n.state <> 'revoked' order by n.name, n.id`,
+  );
+  return rows.map(toNode);
+}
+
+/** Whether a node that is not revoked has this name. */
+export async function isNodeNameTaken(tx: SystemTx, name: string): Promise<boolean> {
+  const rows = await tx.query("select 1 from nodes where name = $1 and state <> 'revoked'", [name]);
+  return rows.length > 0;
+}
+
+/** Adds a node. @returns false where another one has the name. */
+export async function insertNode(
+  tx: SystemTx,
+  node: {
+    readonly nodeId: NodeId;
+    readonly name: string;
+    readonly location: NodeLocation;
+    readonly agentVersion: string;
+  },
+): Promise<boolean> {
+  const inserted = await tx.execute(
+    `insert into nodes (id, name, country, region, datacenter, tier, state, agent_version)
+     values ($1, $2, $3, $4, $5, $6, 'enrolled', $7)
+     on conflict (name) where state <> 'revoked' do nothing`,
+    [
+      node.nodeId,
+      node.name,
+      node.location.country,
+      node.location.region,
+      node.location.datacenter,
+      node.location.tier,
+      node.agentVersion,
+    ],
+  );
+  if (inserted === 0) return false;
+  await recordNodeChange(tx, node.nodeId);
+  return true;
+}
+
+/** What can change on a node by a decision. Absent: stays as it is. */
+export type NodeChange = {
+  readonly state?: NodeState;
+  readonly message?: string;
+  readonly cordoned?: boolean;
+  readonly connected?: boolean;
+  readonly agentVersion?: string;
+  readonly inventory?: NodeInventory;
+  readonly acceptingWork?: boolean;
+  readonly acceptingWorkMessage?: string;
+  readonly observedGeneration?: bigint;
+};
+
+/** Changes a node that the caller has locked, moves its version on, and records the change. */
+export async function updateNode(tx: SystemTx, nodeId: NodeId, change: NodeChange): Promise<void> {
+  await tx.execute(
+    `update nodes set
+       state = coalesce($2, state),
+       message = coalesce($3, message),
+       cordoned = coalesce($4, cordoned),
+       connected = coalesce($5, connected),
+       agent_version = coalesce($6, agent_version),
+       inventory = coalesce($7, inventory),
+       accepting_work = coalesce($8, accepting_work),
+       accepting_work_message = coalesce($9, accepting_work_message),
+       observed_generation = coalesce($10, observed_generation),
+       revoke_time = case when $2 = 'revoked' then coalesce(revoke_time, now()) else revoke_time end,
+       heartbeat_digest = '',
+       version = version + 1,
+       update_time = now()
+     where id = $1`,
+    [
+      nodeId,
+      change.state ?? null,
+      change.message ?? null,
+      change.cordoned ?? null,
+      change.connected ?? null,
+      change.agentVersion ?? null,
+      change.inventory === undefined ? null : toBinary(NodeInventorySchema, change.inventory),
+      change.acceptingWork ?? null,
+      change.acceptingWorkMessage ?? null,
+      change.observedGeneration ?? null,
+    ],
+  );
+  await recordNodeChange(tx, nodeId);
+}
+
+/** What is known of a node before its heartbeat is looked at. */
+export type HeartbeatState = {
+  readonly nodeId: NodeId;
+  readonly state: NodeState;
+  readonly connected: boolean;
+  readonly digest: string;
+};
+
+/** Locks the nodes that were heard, without reading their inventories. */
+export async function lockForHeartbeat(tx: SystemTx, nodeIds: readonly NodeId[]): Promise<HeartbeatState[]> {
+  const rows = await tx.query<{ id: NodeId; state: NodeState; connected: boolean; heartbeat_digest: string }>(
+    `select id, state, connected, heartbeat_digest from nodes where id = any($1) order by id for no key update`,
+    [nodeIds],
+  );
+  return rows.map((row) => ({
+    nodeId: row.id,
+    state: row.state,
+    connected: row.connected,
+    digest: row.heartbeat_digest,
+  }));
+}
+
+/** Remembers what a heartbeat said. */
+export async function setHeartbeatDigest(tx: SystemTx, nodeId: NodeId, digest: string): Promise<void> {
+  await tx.execute("update nodes set heartbeat_digest = $2 where id = $1", [nodeId, digest]);
+}
+
+/** Notes that agents were heard: no change that an operator watches, so neither version nor feed. */
+export async function extendLeases(tx: SystemTx, nodeIds: readonly NodeId[], leaseMs: number): Promise<void> {
+  await tx.execute(
+    `update nodes set
+       heartbeat_time = clock_timestamp(),
+       lease_expire_time = clock_timestamp() + make_interval(secs => $2::double precision / 1000)
+     where id = any($1)`,
+    [nodeIds, leaseMs],
+  );
+}
+
+/**
+ * Locks the nodes whose lease ended, some at a time. By the database's clock: replicas' clocks may disagree.
+ * A node that another replica just works on is left to it.
+ */
+export async function lockExpiredLeases(
+  tx: SystemTx,
+  limit: number,
+): Promise<{ readonly nodeId: NodeId; readonly state: NodeState }[]> {
+  const rows = await tx.query<{ id: NodeId; state: NodeState }>(
+    `select id, state from nodes
+     where (state = 'ready' or connected) and lease_expire_time <= clock_timestamp()
+     order by id limit $1
+     for no key update skip locked`,
+    [limit],
+  );
+  return rows.map(({ id, state }) => ({ nodeId: id, state }));
+}
+
+/** Counts a new enrollment under a node's id, so that what earlier ones left behind enrolls nothing. */
+export async function bumpEnrollmentEpoch(tx: SystemTx, nodeId: NodeId): Promise<void> {
+  await tx.execute("update nodes set enrollment_epoch = enrollment_epoch + 1 where id = $1", [nodeId]);
+}
+
+/** The enrollment that counts under a node's id. */
+export async function readEnrollmentEpoch(tx: SystemTx, nodeId: NodeId): Promise<number | undefined> {
+  const [row] = await tx.query<{ enrollment_epoch: number }>("select enrollment_epoch from nodes where id = $1", [
+    nodeId,
+  ]);
+  return row?.enrollment_epoch;
+}
+
+/** The generation of each node's desired set, without reading their inventories. */
+export async function readDesiredGenerations(
+  tx: SystemTx,
+  nodeIds: readonly NodeId[],
+): Promise<ReadonlyMap<NodeId, bigint>> {
+  const rows = await tx.query<{ id: NodeId; desired_generation: bigint }>(
+    "select id, desired_generation from nodes where id = any($1)",
+    [nodeIds],
+  );
+  return new Map(rows.map((row) => [row.id, row.desired_generation]));
+}
+
+/** Moves a node's desired set on. By a definer function, so that a tenant's transaction may. */
+export async function bumpDesiredGeneration(tx: Tx, nodeId: NodeId): Promise<bigint | undefined> {
+  const [row] = await tx.query<{ generation: bigint | null }>("select bump_desired_generation($1) as generation", [
+    nodeId,
+  ]);
+  return row?.generation ?? undefined;
+}
+
+/**
+ * Records in the fleet's feed that a node changed. The payload stays empty: a watcher reads the node as it is then,
+ * so an inventory of many kilobytes is not stored once more for every change.
+ */
+async function recordNodeChange(tx: SystemTx, nodeId: NodeId): Promise<void> {
+  await recordChange(tx, { organizationId: undefined, kind: "node", subjectId: nodeId, payload: new Uint8Array() });
+}

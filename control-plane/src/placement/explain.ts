@@ -1,0 +1,111 @@
+// Says why a request waits and what would fit, in terms of the machines that there are. Never how many GPUs others
+// use: what it says follows from the fleet's shapes and from the fact alone that there is no room now.
+import { fitsEmptyNode, isEligible, isInLocation, isWanted } from "./model.ts";
+import type { FleetNode, LocationConstraint, NodeObstacle, PlacementRequest } from "./model.ts";
+
+/** How many models a message names. */
+const maxModelsNamed = 8;
+
+/** Why there is no room for a request, for a person. */
+export function explainWaiting(request: PlacementRequest, fleet: readonly FleetNode[]): string {
+  const asked = describeRequest(request);
+  if (request.pinnedNodeId !== undefined) return `${asked} asked for; ${explainPinned(request, fleet)}`;
+  const nodes = fleet.filter((node) => node.obstacle === undefined && isEligible(request, node));
+  const where = describeLocation(request.location);
+  if (nodes.length === 0) return `${asked} asked for; no node ${where} takes instances now`;
+  if (nodes.some((node) => fitsEmptyNode(request, node))) {
+    const largest = request.gpu.count > 0 ? `; the largest node there has ${describeLargestGroup(request, nodes)}` : "";
+    return `${asked} asked for; no node ${where} has that much free now${largest}; waiting until it is free`;
+  }
+  return `${asked} asked for; ${explainMisfit(request, nodes, where)}`;
+}
+
+/** What was asked for: "2 x H100-SXM in ES" without the place. */
+export function describeRequest(request: PlacementRequest): string {
+  const { count, model, minMemoryMib } = request.gpu;
+  if (count === 0) return `${request.cpuMillis} CPU millis and ${request.memoryMib} MiB of memory`;
+  const memory = minMemoryMib > 0 ? ` with at least ${minMemoryMib} MiB each` : "";
+  return `${count} x ${model === "" ? "GPU of any one model" : model}${memory}`;
+}
+
+function describeLocation(constraint: LocationConstraint): string {
+  const parts = [constraint.country, constraint.region, constraint.datacenter].filter((part) => part !== undefined);
+  return parts.length === 0 ? "in any location" : `in ${parts.join("/")}`;
+}
+
+/** No node would do, even if it were empty: what there is instead. */
+function explainMisfit(request: PlacementRequest, nodes: readonly FleetNode[], where: string): string {
+  const { count, model } = request.gpu;
+  if (count > 0) {
+    const wanted = largestGroup(request, nodes);
+    if (wanted === undefined) {
+      const models = [
+        ...new Set(nodes.flatMap((node) => node.gpus.filter((gpu) => gpu.usable).map((gpu) => gpu.model))),
+      ];
+      if (models.length === 0) return `no node ${where} has GPUs`;
+      const named = models.toSorted().slice(0, maxModelsNamed).join(", ");
+      if (model !== "" && !models.includes(model)) return `no node ${where} has that model; there are ${named}`;
+      const most = Math.max(...nodes.flatMap((node) => node.gpus.filter(isOfModel(model)).map((gpu) => gpu.memoryMib)));
+      return `no GPU ${where} has that much memory; the largest has ${most} MiB`;
+    }
+    if (wanted.count < count) {
+      return `no node ${where} has that many; the largest has ${wanted.count} x ${wanted.model}: ask for at most ${wanted.count}`;
+    }
+  }
+  const cpuMillis = Math.max(...nodes.map((node) => node.cpuMillis));
+  const memoryMib = Math.max(...nodes.map((node) => node.memoryMib));
+  const size = `${request.cpuMillis} CPU millis and ${request.memoryMib} MiB of memory`;
+  return `no node ${where} is large enough for ${size} together; nodes have up to ${cpuMillis} CPU millis and up to ${memoryMib} MiB`;
+}
+
+function isOfModel(model: string): (gpu: { usable: boolean; model: string }) => boolean {
+  return (gpu) => gpu.usable && (model === "" || gpu.model === model);
+}
+
+function describeLargestGroup(request: PlacementRequest, nodes: readonly FleetNode[]): string {
+  const group = largestGroup(request, nodes);
+  return group === undefined ? "none" : `${group.count} x ${group.model} in all`;
+}
+
+/** The most GPUs of one model, of those that are wanted, that one node has, allocated or not. */
+function largestGroup(
+  request: PlacementRequest,
+  nodes: readonly FleetNode[],
+): { readonly model: string; readonly count: number } | undefined {
+  let largest: { readonly model: string; readonly count: number } | undefined;
+  for (const node of nodes) {
+    const byModel = Map.groupBy(
+      node.gpus.filter((gpu) => isWanted(request, gpu)),
+      (gpu) => gpu.model,
+    );
+    for (const [model, gpus] of byModel) {
+      if (largest === undefined || gpus.length > largest.count) largest = { model, count: gpus.length };
+    }
+  }
+  return largest;
+}
+
+function explainPinned(request: PlacementRequest, fleet: readonly FleetNode[]): string {
+  const node = fleet.find(({ id }) => id === request.pinnedNodeId);
+  if (node === undefined) return "the node that holds its workspace is gone";
+  if (node.obstacle !== undefined) return `the node that holds its workspace ${describeObstacle(node.obstacle)}`;
+  if (!isInLocation(request.location, node.location) || !fitsEmptyNode(request, node)) {
+    return "the node that holds its workspace no longer has that much, even when empty";
+  }
+  return "the node that holds its workspace has not that much free now; waiting until it has";
+}
+
+function describeObstacle(obstacle: NodeObstacle): string {
+  switch (obstacle) {
+    case "unreachable":
+      return "does not answer now";
+    case "cordoned":
+      return "takes no new starts now: it is under maintenance";
+    case "quarantined":
+      return "takes no new starts until an operator has looked at it";
+    case "revoked":
+      return "was taken out of service";
+    case "not_accepting":
+      return "takes no new starts now";
+  }
+}

@@ -1,0 +1,69 @@
+// What placement knows of a node: what it reported, less what is allocated on it.
+import { GpuHealth, MigMode, type Gpu } from "@clodei/proto/gen/clodei/v1/inventory";
+import type { NodeId } from "@clodei/proto/ids";
+import type { FleetNode as NodeRecord } from "../nodes/service.ts";
+import type { FleetGpu, FleetNode, NodeObstacle } from "./model.ts";
+
+/** Memory that instances are not given: the agent, the engine and the kernel need some. */
+const systemReservedMemoryMib = 512;
+
+/** What is allocated in the fleet. */
+export type Allocations = {
+  /** UUIDs of the GPUs that are somebody's. */
+  readonly gpuUuids: ReadonlySet<string>;
+  readonly byNode: ReadonlyMap<NodeId, { readonly cpuMillis: number; readonly memoryMib: number }>;
+};
+
+/** The fleet as placement sees it. Nodes that never reported what they have are left out. */
+export function createFleet(nodes: readonly NodeRecord[], allocations: Allocations): FleetNode[] {
+  return nodes.flatMap((node) => {
+    const host = node.inventory?.host;
+    if (node.inventory === undefined || host === undefined) return [];
+    const cpuMillis = host.cpuCount * 1000;
+    const memoryMib = Math.max(0, host.memoryMib - systemReservedMemoryMib);
+    const used = allocations.byNode.get(node.nodeId) ?? { cpuMillis: 0, memoryMib: 0 };
+    return [
+      {
+        id: node.nodeId,
+        location: node.location,
+        obstacle: obstacleOf(node),
+        cpuMillis,
+        memoryMib,
+        freeCpuMillis: cpuMillis - used.cpuMillis,
+        freeMemoryMib: memoryMib - used.memoryMib,
+        gpus: node.inventory.gpus.map((gpu) => createFleetGpu(gpu, allocations.gpuUuids)),
+      },
+    ];
+  });
+}
+
+function createFleetGpu(gpu: Gpu, allocated: ReadonlySet<string>): FleetGpu {
+  return {
+    uuid: gpu.uuid,
+    model: gpu.model,
+    memoryMib: gpu.memoryMib,
+    simulated: gpu.simulated,
+    index: gpu.index,
+    // Not "is not known to be ill": what nobody vouches for is not given to a customer.
+    usable:
+      gpu.model !== "" &&
+      gpu.health === GpuHealth.HEALTHY &&
+      (gpu.migMode === MigMode.DISABLED || gpu.migMode === MigMode.UNSUPPORTED),
+    allocated: allocated.has(gpu.uuid),
+  };
+}
+
+function obstacleOf(node: NodeRecord): NodeObstacle | undefined {
+  switch (node.state) {
+    case "enrolled":
+    case "unreachable":
+      return "unreachable";
+    case "quarantined":
+      return "quarantined";
+    case "revoked":
+      return "revoked";
+    case "ready":
+      if (node.cordoned) return "cordoned";
+      return node.acceptingWork ? undefined : "not_accepting";
+  }
+}

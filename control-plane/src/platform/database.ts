@@ -1,0 +1,251 @@
+// The two ways into PostgreSQL, each a login and a pool of its own, because injected SQL could undo a SET ROLE:
+// clodei_app works for one organization under row-level security, clodei_system for jobs and dispatch. Every
+// statement stands in a transaction of this helper, which sets the tenant first: no setting means no rows.
+import type { OrganizationId } from "@clodei/proto/ids";
+import pg from "pg";
+import type { Log } from "./log.ts";
+
+/** A transaction. */
+export type Tx = {
+  /** Runs one statement and returns its rows. `int8` comes as bigint, `timestamptz` as Date, `bytea` as Buffer. */
+  query<Row extends object>(text: string, values?: readonly unknown[]): Promise<Row[]>;
+  /** Runs one statement and returns how many rows it touched. */
+  execute(text: string, values?: readonly unknown[]): Promise<number>;
+  /** Runs an effect once the transaction has committed, and never if it has not. For hints: it must not fail. */
+  afterCommit(effect: () => void): void;
+};
+
+/** A transaction of clodei_app that sees one organization's rows. */
+export type TenantTx = Tx & { readonly organizationId: OrganizationId };
+
+/** A transaction of clodei_system, which sees every organization. For the listed stores of jobs and dispatch. */
+export type SystemTx = Tx & { readonly system: true };
+
+/** How a transaction runs. */
+export type TransactionOptions = {
+  /** "repeatable read" gives all statements one snapshot. Default: "read committed". */
+  readonly isolation?: "read committed" | "repeatable read";
+};
+
+/** Where the database is, and how much of it to use. */
+export type DatabaseOptions = {
+  readonly app: pg.ClientConfig;
+  readonly system: pg.ClientConfig;
+  readonly maxConnectionsPerPool?: number;
+  readonly log: Log;
+};
+
+/** A statement that takes longer has lost its caller: the longest deadline of a unary call is near. */
+const statementTimeoutMs = 15_000;
+/** A transaction that idles this long has lost its process's attention; it holds locks that others wait for. */
+const idleInTransactionTimeoutMs = 15_000;
+const connectTimeoutMs = 5_000;
+const idleConnectionMs = 60_000;
+const maxAttempts = 4;
+const retryDelayMs = 10;
+/** Serialization failure and deadlock: PostgreSQL asks for the whole transaction again. */
+const retryableCodes: ReadonlySet<string> = new Set(["40001", "40P01"]);
+const organizationIdShape = /^org_[0-9a-hjkmnp-tv-z]{26}$/;
+
+const int8Oid = 20;
+const int8ArrayOid = 1016;
+
+/** The driver types its parsers as `any`. */
+const defaultParser = pg.types.getTypeParser as (oid: number, format: "text" | "binary") => (value: string) => unknown;
+
+/** Parses int8 as bigint in our connections alone, without touching the driver's global parsers. */
+const typeParsers: pg.CustomTypesConfig = {
+  getTypeParser(oid: number, format?: string) {
+    const base = defaultParser(oid, format === "binary" ? "binary" : "text");
+    if (oid === int8Oid) return (text: string) => BigInt(text);
+    if (oid === int8ArrayOid) {
+      return (text: string) => {
+        const parts = base(text);
+        return Array.isArray(parts) ? parts.map((part) => BigInt(String(part))) : parts;
+      };
+    }
+    return base;
+  },
+};
+
+/** The database as the program uses it. */
+export class Database implements AsyncDisposable {
+  readonly #app: pg.Pool;
+  readonly #system: pg.Pool;
+  /** One connection of each login for the question of health: that all others are busy is no illness. */
+  readonly #probes: readonly pg.Pool[];
+  readonly #log: Log;
+  #closing: Promise<void> | undefined;
+
+  constructor(options: DatabaseOptions) {
+    this.#log = options.log;
+    const max = options.maxConnectionsPerPool ?? 10;
+    this.#app = this.#createPool({ ...options.app, application_name: "clodei-app" }, max);
+    this.#system = this.#createPool({ ...options.system, application_name: "clodei-system" }, max);
+    this.#probes = [options.app, options.system].map((login) =>
+      this.#createPool({ ...login, application_name: "clodei-health" }, 1),
+    );
+  }
+
+  /** Runs work as clodei_app for one organization, in one transaction. It may run again after a conflict. */
+  async tenant<T>(
+    organizationId: OrganizationId,
+    work: (tx: TenantTx) => Promise<T>,
+    options?: TransactionOptions,
+  ): Promise<T> {
+    // The id stands in the text of the first statement, so that it costs no round trip of its own.
+    if (!organizationIdShape.test(organizationId)) throw new TypeError("not an organization id");
+    const setting = `select set_config('clodei.organization_id', '${organizationId}', true);`;
+    return this.#transact(this.#app, setting, options, (tx) => work({ ...tx, organizationId }));
+  }
+
+  /** Runs work as clodei_system, in one transaction. It may run again after a conflict. */
+  system<T>(work: (tx: SystemTx) => Promise<T>, options?: TransactionOptions): Promise<T> {
+    return this.#transact(this.#system, "", options, (tx) => work({ ...tx, system: true }));
+  }
+
+  /** Runs work as clodei_app without an organization: tables show no rows, and only definer functions answer. */
+  anonymous<T>(work: (tx: Tx) => Promise<T>, options?: TransactionOptions): Promise<T> {
+    return this.#transact(this.#app, "", options, work);
+  }
+
+  /** Whether both logins get an answer within the time given. */
+  async isHealthy(timeoutMs = 2_000): Promise<boolean> {
+    const ask = async (pool: pg.Pool): Promise<boolean> => {
+      const result = await pool.query("select 1");
+      return result.rowCount === 1;
+    };
+    let timer: NodeJS.Timeout | undefined;
+    const late = new Promise<boolean>((resolve) => {
+      timer = setTimeout(() => resolve(false), timeoutMs);
+    });
+    try {
+      const answers = Promise.all(this.#probes.map(ask)).then(
+        () => true,
+        () => false,
+      );
+      return await Promise.race([answers, late]);
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  /** Waits for running transactions and closes all connections. */
+  close(): Promise<void> {
+    this.#closing ??= Promise.all([this.#app, this.#system, ...this.#probes].map((pool) => pool.end())).then(
+      () => undefined,
+    );
+    return this.#closing;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close();
+  }
+
+  #createPool(connection: pg.ClientConfig, max: number): pg.Pool {
+    const pool = new pg.Pool({
+      ...connection,
+      max,
+      types: typeParsers,
+      connectionTimeoutMillis: connectTimeoutMs,
+      idleTimeoutMillis: idleConnectionMs,
+      keepAlive: true,
+    });
+    // Without a listener, an idle connection that the server ends would end the process.
+    pool.on("error", (error) => {
+      if (this.#closing === undefined) this.#log.warn({ err: error }, "an idle database connection ended");
+    });
+    return pool;
+  }
+
+  async #transact<T>(
+    pool: pg.Pool,
+    setting: string,
+    options: TransactionOptions | undefined,
+    work: (tx: Tx) => Promise<T>,
+  ): Promise<T> {
+    for (let attempt = 1; ; attempt += 1) {
+      try {
+        return await this.#transactOnce(pool, setting, options, work);
+      } catch (error) {
+        if (attempt >= maxAttempts || !isRetryable(error)) throw error;
+        // Two transactions that met once meet again unless they part: wait a random while.
+        await new Promise((resolve) => setTimeout(resolve, Math.random() * retryDelayMs * 2 ** attempt));
+      }
+    }
+  }
+
+  async #transactOnce<T>(
+    pool: pg.Pool,
+    setting: string,
+    options: TransactionOptions | undefined,
+    work: (tx: Tx) => Promise<T>,
+  ): Promise<T> {
+    const effects: (() => void)[] = [];
+    const client = await pool.connect();
+    let broken: Error | undefined;
+    const onError = (error: Error): void => {
+      broken = error;
+    };
+    client.on("error", onError);
+    let result: T;
+    try {
+      await client.query(
+        `begin isolation level ${options?.isolation ?? "read committed"};
+        set local statement_timeout = ${statementTimeoutMs};
+        set local idle_in_transaction_session_timeout = ${idleInTransactionTimeoutMs};
+        ${setting}`,
+      );
+      result = await work(createTx(client, effects));
+      const committed = await client.query("commit");
+      // A transaction that failed within answers "commit" with ROLLBACK; its error must have been swallowed.
+      if (committed.command !== "COMMIT") throw new Error("the transaction was rolled back by a swallowed error");
+    } catch (error) {
+      if (broken === undefined) {
+        await client.query("rollback").catch((reason: unknown) => {
+          broken = reason instanceof Error ? reason : new Error(String(reason));
+        });
+      }
+      throw error;
+    } finally {
+      client.off("error", onError);
+      client.release(broken);
+    }
+    for (const effect of effects) effect();
+    return result;
+  }
+}
+
+function createTx(client: pg.PoolClient, effects: (() => void)[]): Tx {
+  return {
+    async query<Row extends object>(text: string, values: readonly unknown[] = []): Promise<Row[]> {
+      const result = await client.query<Row & pg.QueryResultRow>(text, [...values]);
+      return result.rows;
+    },
+    async execute(text: string, values: readonly unknown[] = []): Promise<number> {
+      const result = await client.query(text, [...values]);
+      return result.rowCount ?? 0;
+    },
+    afterCommit(effect: () => void): void {
+      effects.push(effect);
+    },
+  };
+}
+
+/** PostgreSQL's code of an error ("23505"), or undefined. */
+export function sqlStateOf(error: unknown): string | undefined {
+  if (!(error instanceof Error) || !("code" in error)) return undefined;
+  const { code } = error;
+  return typeof code === "string" && /^[0-9A-Z]{5}$/.test(code) ? code : undefined;
+}
+
+/** The name of the constraint that an error says was violated, or undefined. */
+export function constraintOf(error: unknown): string | undefined {
+  if (!(error instanceof Error) || !("constraint" in error)) return undefined;
+  return typeof error.constraint === "string" ? error.constraint : undefined;
+}
+
+function isRetryable(error: unknown): boolean {
+  const code = sqlStateOf(error);
+  return code !== undefined && retryableCodes.has(code);
+}

@@ -1,0 +1,58 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { Code, ConnectError } from "@connectrpc/connect";
+import { type ErrorReason, ErrorReasonSchema } from "@clodei/proto/gen/clodei/v1/error";
+import { ErrorInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
+import pg from "pg";
+import { DomainError } from "../platform/errors.ts";
+import { codeOfReason, isOurs, statusOf, toConnectError } from "./errors.ts";
+
+test("every reason of the schema has a status code, and every status is told with its reason", () => {
+  for (const { localName, number } of ErrorReasonSchema.values) {
+    if (number === 0) continue;
+    assert.ok(Object.hasOwn(codeOfReason, localName), localName);
+    const status = statusOf(new DomainError(number as ErrorReason, "why"), "r1");
+    assert.equal(status.reason, localName);
+    const error = toConnectError(new DomainError(number as ErrorReason, "why", { metadata: { a: "b" } }), "r1");
+    assert.equal(error.rawMessage, "why");
+    const [info] = error.findDetails(ErrorInfoSchema);
+    assert.deepEqual(
+      [info?.reason, info?.domain, info?.metadata],
+      [localName, "clodei.com", { a: "b", requestId: "r1" }],
+    );
+  }
+});
+
+test("an error that is ours says nothing but the request's id", () => {
+  const text = "relation secret_table does not exist";
+  for (const error of [
+    new Error(text),
+    new ConnectError(text, Code.Internal),
+    text,
+    undefined,
+    new DomainError(99 as ErrorReason, text),
+  ]) {
+    const told = toConnectError(error, "r1");
+    assert.equal(told.code, Code.Internal);
+    if (!(error instanceof DomainError)) assert.ok(!told.message.includes("secret"), String(error));
+    assert.equal(told.findDetails(ErrorInfoSchema)[0]?.metadata["requestId"], "r1");
+    assert.ok(isOurs(error));
+  }
+});
+
+test("a lost database is unavailable, and worth a retry", () => {
+  const lost = [
+    Object.assign(new pg.DatabaseError("terminating connection", 1, "error"), { code: "57P01" }),
+    Object.assign(new Error("connect"), { code: "ECONNREFUSED" }),
+    new Error("Connection terminated unexpectedly"),
+    new Error("timeout exceeded when trying to connect"),
+  ];
+  for (const error of lost) {
+    const status = statusOf(error, "r1");
+    assert.equal(status.code, Code.Unavailable, error.message);
+    assert.equal(status.details.length, 2);
+    assert.ok(!isOurs(error));
+  }
+  const broken = Object.assign(new pg.DatabaseError("syntax", 1, "error"), { code: "42601" });
+  assert.equal(statusOf(broken, "r1").code, Code.Internal);
+});

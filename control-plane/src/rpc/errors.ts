@@ -1,0 +1,188 @@
+// The one place where reasons become status codes, for both listeners. What is not a DomainError is ours: its text
+// goes to the log under the request's id, and the caller gets the id.
+import { type DescMessage, isUnknownEnum, type MessageInitShape } from "@bufbuild/protobuf";
+import { Code, ConnectError } from "@connectrpc/connect";
+import { ErrorReason, ErrorReasonSchema } from "@clodei/proto/gen/clodei/v1/error";
+import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
+import { sqlStateOf } from "../platform/database.ts";
+import { DomainError } from "../platform/errors.ts";
+
+/** The domain of our reasons in google.rpc.ErrorInfo. */
+export const errorDomain = "clodei.com";
+
+type ReasonName = Exclude<keyof typeof ErrorReason, "UNSPECIFIED">;
+
+/** The status code of each reason. */
+export const codeOfReason: Readonly<Record<ReasonName, Code>> = {
+  INVALID_ARGUMENT: Code.InvalidArgument,
+  NOT_FOUND: Code.NotFound,
+  CREDENTIALS_MISSING: Code.Unauthenticated,
+  API_KEY_MALFORMED: Code.Unauthenticated,
+  API_KEY_INVALID: Code.Unauthenticated,
+  TOKEN_INVALID: Code.Unauthenticated,
+  API_KEY_FROM_BROWSER: Code.PermissionDenied,
+  ORGANIZATION_REQUIRED: Code.FailedPrecondition,
+  PERMISSION_DENIED: Code.PermissionDenied,
+  EMAIL_NOT_VERIFIED: Code.PermissionDenied,
+  IDEMPOTENCY_KEY_REUSED: Code.FailedPrecondition,
+  IDEMPOTENCY_KEY_IN_FLIGHT: Code.Aborted,
+  SECRET_ALREADY_SHOWN: Code.FailedPrecondition,
+  NOT_SUPPORTED_YET: Code.Unimplemented,
+  IMAGE_NOT_ALLOWED: Code.InvalidArgument,
+  FAILED_PRECONDITION: Code.FailedPrecondition,
+  PAGE_TOKEN_INVALID: Code.InvalidArgument,
+  CURSOR_INVALID: Code.InvalidArgument,
+  CURSOR_EXPIRED: Code.OutOfRange,
+  RATE_LIMITED: Code.ResourceExhausted,
+  UNAVAILABLE: Code.Unavailable,
+  NODE_UNREACHABLE: Code.Unavailable,
+  ENROLLMENT_TOKEN_INVALID: Code.Unauthenticated,
+  LOCATION_NOT_ALLOWED: Code.FailedPrecondition,
+  NODE_REVOKED: Code.PermissionDenied,
+  NODE_QUARANTINED: Code.PermissionDenied,
+  CERTIFICATE_INVALID: Code.Unauthenticated,
+  CHALLENGE_INVALID: Code.Unauthenticated,
+  PROTOCOL_VIOLATION: Code.InvalidArgument,
+  SESSION_REPLACED: Code.Aborted,
+  VERSION_NOT_SUPPORTED: Code.FailedPrecondition,
+  INTERNAL: Code.Internal,
+  DEADLINE_EXCEEDED: Code.DeadlineExceeded,
+  CANCELED: Code.Canceled,
+  UNIMPLEMENTED: Code.Unimplemented,
+  QUOTA_EXCEEDED: Code.ResourceExhausted,
+  CONFLICT: Code.Aborted,
+  LOGS_GONE: Code.NotFound,
+};
+
+/** A detail of an error: a message and its schema. */
+export type ErrorDetail = { readonly desc: DescMessage; readonly value: MessageInitShape<DescMessage> };
+
+/** An error as a transport tells it. `code` is the number that Connect and gRPC share. */
+export type Status = {
+  readonly code: Code;
+  readonly reason: ReasonName;
+  readonly message: string;
+  readonly details: readonly ErrorDetail[];
+};
+
+/** The name of a reason, as google.rpc.ErrorInfo carries it. */
+export function reasonName(reason: ErrorReason): ReasonName {
+  if (isUnknownEnum(ErrorReasonSchema, reason)) return "INTERNAL";
+  const name = ErrorReasonSchema.value[reason]?.localName;
+  return name !== undefined && isReasonName(name) ? name : "INTERNAL";
+}
+
+/** Turns any error into what the caller may know of it. */
+export function statusOf(error: unknown, requestId: string): Status {
+  const told = toDomainError(error);
+  const reason = reasonName(told.reason);
+  return {
+    code: codeOfReason[reason],
+    reason,
+    message: told.message,
+    details: detailsOf(told, reason, requestId),
+  };
+}
+
+/** Turns any error into Connect's. One that Connect itself made keeps its code. */
+export function toConnectError(error: unknown, requestId: string): ConnectError {
+  const status = statusOf(error, requestId);
+  const code = error instanceof ConnectError && status.reason !== "INTERNAL" ? error.code : status.code;
+  return new ConnectError(status.message, code, undefined, [...status.details], error);
+}
+
+/** Whether an error says nothing that the caller did: the log needs its text. */
+export function isOurs(error: unknown): boolean {
+  return reasonName(toDomainError(error).reason) === "INTERNAL";
+}
+
+function toDomainError(error: unknown): DomainError {
+  if (error instanceof DomainError) return error;
+  if (error instanceof ConnectError && reasonOfCode(error.code) !== ErrorReason.INTERNAL) {
+    return new DomainError(reasonOfCode(error.code), error.rawMessage, { cause: error });
+  }
+  if (isDatabaseLoss(error)) {
+    return new DomainError(ErrorReason.UNAVAILABLE, "the server cannot reach its database now: retry", {
+      retryAfterMs: databaseRetryMs,
+      cause: error,
+    });
+  }
+  if (error instanceof Error && error.name === "AbortError") {
+    return new DomainError(ErrorReason.CANCELED, "the request was canceled", { cause: error });
+  }
+  return new DomainError(ErrorReason.INTERNAL, "an error of ours: give support the request id", { cause: error });
+}
+
+const databaseRetryMs = 1_000;
+
+/** The connection failed, or the server ends it: SQLSTATE classes 08 and 57P, and errors of the socket and pool. */
+function isDatabaseLoss(error: unknown): boolean {
+  if (!(error instanceof Error)) return false;
+  const state = sqlStateOf(error);
+  if (state !== undefined) return state.startsWith("08") || state.startsWith("57P") || state === "53300";
+  const code: unknown = Reflect.get(error, "code");
+  return (
+    (typeof code === "string" && ["ECONNREFUSED", "ECONNRESET", "ENOENT", "EPIPE", "ETIMEDOUT"].includes(code)) ||
+    /^(Connection terminated|timeout exceeded when trying to connect|Client has encountered a connection error)/.test(
+      error.message,
+    )
+  );
+}
+
+/** Reasons for errors that the transport makes: an unreadable body, a message that is too long, a deadline. */
+function reasonOfCode(code: Code): ErrorReason {
+  switch (code) {
+    case Code.InvalidArgument:
+    case Code.OutOfRange:
+      return ErrorReason.INVALID_ARGUMENT;
+    case Code.NotFound:
+      return ErrorReason.NOT_FOUND;
+    case Code.Unauthenticated:
+      return ErrorReason.CREDENTIALS_MISSING;
+    case Code.PermissionDenied:
+      return ErrorReason.PERMISSION_DENIED;
+    case Code.Canceled:
+      return ErrorReason.CANCELED;
+    case Code.DeadlineExceeded:
+      return ErrorReason.DEADLINE_EXCEEDED;
+    case Code.Unimplemented:
+      return ErrorReason.UNIMPLEMENTED;
+    case Code.Unavailable:
+      return ErrorReason.UNAVAILABLE;
+    case Code.ResourceExhausted:
+      return ErrorReason.INVALID_ARGUMENT;
+    case Code.Aborted:
+    case Code.AlreadyExists:
+      return ErrorReason.CONFLICT;
+    case Code.FailedPrecondition:
+      return ErrorReason.FAILED_PRECONDITION;
+    case Code.Unknown:
+    case Code.Internal:
+    case Code.DataLoss:
+      return ErrorReason.INTERNAL;
+  }
+}
+
+function detailsOf(error: DomainError, reason: ReasonName, requestId: string): ErrorDetail[] {
+  const details: ErrorDetail[] = [
+    { desc: ErrorInfoSchema, value: { reason, domain: errorDomain, metadata: { ...error.metadata, requestId } } },
+  ];
+  if (error.fields.length > 0) {
+    const fieldViolations = error.fields.map(({ field, rule, message }) => ({
+      field,
+      description: message,
+      reason: rule,
+    }));
+    details.push({ desc: BadRequestSchema, value: { fieldViolations } });
+  }
+  if (error.retryAfterMs !== undefined) {
+    const seconds = Math.floor(error.retryAfterMs / 1_000);
+    const retryDelay = { seconds: BigInt(seconds), nanos: Math.round((error.retryAfterMs - seconds * 1_000) * 1e6) };
+    details.push({ desc: RetryInfoSchema, value: { retryDelay } });
+  }
+  return details;
+}
+
+function isReasonName(name: string): name is ReasonName {
+  return Object.hasOwn(codeOfReason, name);
+}

@@ -1,0 +1,268 @@
+// The public listener: Connect, gRPC, gRPC-Web and JSON over HTTP/1.1 and HTTP/2, on one TLS port. The limits here
+// were measured: the defaults of the libraries are about 4 GiB a message and no bound on streams.
+import { randomUUID } from "node:crypto";
+import { once, type EventEmitter } from "node:events";
+import { createSecureServer, type Http2SecureServer, type ServerHttp2Session } from "node:http2";
+import type { AddressInfo, Socket } from "node:net";
+import type { TLSSocket } from "node:tls";
+import { Code, type ConnectRouter } from "@connectrpc/connect";
+import { compressionGzip, connectNodeAdapter } from "@connectrpc/connect-node";
+import { anonymousCaller } from "./caller.ts";
+import { createRequestValues, type RequestRecord } from "./context.ts";
+import { corsHeaders, isPreflight } from "./cors.ts";
+import { toConnectError } from "./errors.ts";
+import { createGate, createInterceptors, drainError, type PipelineOptions } from "./interceptors.ts";
+import type { Metrics } from "./metrics.ts";
+
+type Handler = ReturnType<typeof connectNodeAdapter>;
+type Request = Parameters<Handler>[0];
+type Response = Parameters<Handler>[1];
+
+/** A certificate and its key, as PEM. */
+export type ListenerTls = { readonly certificateChainPem: string; readonly privateKeyPem: string };
+
+/** What the public listener needs. */
+export type PublicListenerOptions = Omit<PipelineOptions, "shutdownSignal"> & {
+  readonly host: string;
+  /** 0: any free one. */
+  readonly port: number;
+  readonly tls: ListenerTls;
+  /** Origins of browsers that may read answers: "https://console.example". */
+  readonly corsOrigins: readonly string[];
+  readonly routes: (router: ConnectRouter) => void;
+  readonly metrics: Metrics;
+};
+
+/** A public listener that listens. */
+export type PublicListener = {
+  readonly port: number;
+  /** Takes a new certificate for the connections to come. */
+  setCertificate(tls: ListenerTls): void;
+  /** Ends streams, takes no more connections, and gives requests the time given to finish. */
+  close(drainMs: number): Promise<void>;
+};
+
+const readMaxBytes = 4 * 1024 * 1024;
+const maxConcurrentStreams = 100;
+/** With the default of 10 MB, 400 stalled answers of 64 KiB on one connection killed the session. */
+const maxSessionMemoryMb = 64;
+const maxConnections = 10_000;
+const handshakeTimeoutMs = 10_000;
+/** Time for a request's headers and body. A stream of the client's (reflection) is not bound by it. */
+const requestTimeoutMs = 30_000;
+const idleConnectionMs = 10 * 60_000;
+const maxHeaderBytes = 32 * 1024;
+/** Two years, as browsers' preload lists ask. */
+const strictTransportSecurity = "max-age=63072000; includeSubDomains";
+
+/** Opens the public listener. */
+export async function startPublicListener(options: PublicListenerOptions): Promise<PublicListener> {
+  const shutdown = new AbortController();
+  const server = createSecureServer(
+    {
+      ...tlsOf(options.tls),
+      allowHTTP1: true,
+      minVersion: "TLSv1.2",
+      handshakeTimeout: handshakeTimeoutMs,
+      settings: { maxConcurrentStreams, maxHeaderListSize: maxHeaderBytes },
+      maxSessionMemory: maxSessionMemoryMb,
+    },
+    createRequestHandler(options, shutdown.signal),
+  );
+  server.maxConnections = maxConnections;
+  const connections = trackConnections(server, options);
+  server.listen(options.port, options.host);
+  await once(server, "listening");
+  server.on("error", (error) => options.log.error({ err: error }, "the public listener failed"));
+  const { port } = server.address() as AddressInfo;
+  return {
+    port,
+    setCertificate: (tls) => server.setSecureContext({ ...tlsOf(tls), minVersion: "TLSv1.2" }),
+    async close(drainMs) {
+      shutdown.abort(toConnectError(drainError(), ""));
+      const closed = new Promise<void>((resolve) => {
+        server.close(() => resolve());
+      });
+      for (const session of connections.sessions) session.close();
+      const timer = setTimeout(() => connections.destroyAll(), drainMs);
+      connections.endIdle();
+      await closed;
+      clearTimeout(timer);
+    },
+  };
+}
+
+function tlsOf(tls: ListenerTls): { cert: string; key: string } {
+  return { cert: tls.certificateChainPem, key: tls.privateKeyPem };
+}
+
+// --- requests
+
+function createRequestHandler(options: PublicListenerOptions, shutdownSignal: AbortSignal) {
+  const pipeline: PipelineOptions = { ...options, shutdownSignal };
+  const records = new WeakMap<Request, RequestRecord>();
+  const newRecord = (request: Request): RequestRecord => ({
+    requestId: randomUUID(),
+    address: request.socket.remoteAddress ?? "",
+    caller: anonymousCaller,
+    method: undefined,
+    code: undefined,
+  });
+  const serve = connectNodeAdapter({
+    routes: options.routes,
+    fallback: answerUnknown,
+    acceptCompression: [compressionGzip],
+    readMaxBytes,
+    shutdownSignal,
+    requestGate: createGate(pipeline),
+    interceptors: createInterceptors(pipeline),
+    contextValues: (request) => createRequestValues(records.get(request) ?? newRecord(request)),
+  });
+  const allowedOrigins = new Set(options.corsOrigins);
+  return (request: Request, response: Response): void => {
+    const record = newRecord(request);
+    records.set(request, record);
+    logAccess(request, response, record, options);
+    setHeaders(response, { "strict-transport-security": strictTransportSecurity });
+    const cors = {
+      method: request.method,
+      origin: request.headers.origin,
+      requestedMethod: headerOf(request, "access-control-request-method"),
+    };
+    setHeaders(response, corsHeaders(cors, allowedOrigins));
+    if (isPreflight(cors)) {
+      response.statusCode = 204;
+      response.end();
+      return;
+    }
+    limitBodyTime(request, response);
+    try {
+      serve(request, response);
+    } catch {
+      // The adapter throws where a request names no host, or one that is none.
+      response.statusCode = 400;
+      response.end();
+    }
+  };
+}
+
+/** A body that trickles in holds memory and a stream. Only gRPC's own content type can carry a client's stream. */
+function limitBodyTime(request: Request, response: Response): void {
+  if (request.url?.startsWith("/grpc.reflection.") === true) return;
+  const timer = setTimeout(() => request.destroy(), requestTimeoutMs);
+  const stop = (): void => clearTimeout(timer);
+  onceOf(request, "end", stop);
+  onceOf(response, "close", stop);
+}
+
+function logAccess(request: Request, response: Response, record: RequestRecord, options: PublicListenerOptions): void {
+  const startMs = performance.now();
+  onceOf(response, "close", () => {
+    const durationMs = Math.round(performance.now() - startMs);
+    const [service = "", method = ""] = record.method?.split("/") ?? [];
+    // A body that could not be read never reached the interceptors; its answer has only an HTTP status.
+    const code = record.code ?? (response.statusCode === 200 ? "canceled" : `http_${response.statusCode}`);
+    if (record.method !== undefined) {
+      options.metrics.requests.inc({ service, method, code });
+      options.metrics.durationSeconds.observe({ service, method }, durationMs / 1_000);
+    }
+    options.log.info(
+      {
+        requestId: record.requestId,
+        // Of a path that is none of ours nothing is logged: it can hold anything.
+        method: record.method ?? "unknown",
+        code,
+        durationMs,
+        http: request.httpVersion,
+        caller: record.caller.kind,
+        ...("callerId" in record.caller ? { callerId: record.caller.callerId } : {}),
+      },
+      "request",
+    );
+  });
+}
+
+/** A path that is none of ours, told in the protocol of the request. */
+function answerUnknown(request: Request, response: Response): void {
+  const type = headerOf(request, "content-type") ?? "";
+  const message = "no such method";
+  if (type.startsWith("application/grpc")) {
+    setHeaders(response, { "content-type": type, "grpc-status": String(Code.Unimplemented), "grpc-message": message });
+    response.statusCode = 200;
+    response.end();
+    return;
+  }
+  setHeaders(response, { "content-type": "application/json" });
+  response.statusCode = 404;
+  response.end(JSON.stringify({ code: "unimplemented", message }));
+}
+
+function setHeaders(response: Response, headers: Record<string, string>): void {
+  for (const [name, value] of Object.entries(headers)) response.setHeader(name, value);
+}
+
+function headerOf(request: Request, name: string): string | undefined {
+  const value = request.headers[name];
+  return Array.isArray(value) ? value[0] : value;
+}
+
+/** Requests of HTTP/1.1 and of HTTP/2 have the same events, in types that TypeScript cannot unite. */
+function onceOf(emitter: EventEmitter, event: string, listener: () => void): void {
+  emitter.once(event, listener);
+}
+
+// --- connections
+
+type Connections = {
+  readonly sessions: ReadonlySet<ServerHttp2Session>;
+  /** Ends connections of HTTP/1.1 that wait for their next request. */
+  endIdle(): void;
+  destroyAll(): void;
+};
+
+function trackConnections(server: Http2SecureServer, options: PublicListenerOptions): Connections {
+  const sockets = new Set<Socket>();
+  const sessions = new Set<ServerHttp2Session>();
+  /** Sockets of HTTP/1.1 and how many requests are open on them. */
+  const http1 = new Map<Socket, number>();
+  server.on("connection", (socket: Socket) => {
+    sockets.add(socket);
+    options.metrics.publicConnections.set(sockets.size);
+    socket.once("close", () => {
+      sockets.delete(socket);
+      options.metrics.publicConnections.set(sockets.size);
+    });
+  });
+  server.on("session", (session) => {
+    sessions.add(session);
+    session.setTimeout(idleConnectionMs, () => session.close());
+    session.once("close", () => sessions.delete(session));
+    session.on("error", (error) => options.log.debug({ err: error }, "a connection failed"));
+  });
+  server.on("secureConnection", (socket: TLSSocket) => {
+    if (socket.alpnProtocol === "h2") return;
+    http1.set(socket, 0);
+    socket.setTimeout(idleConnectionMs, () => socket.destroy());
+    socket.once("close", () => http1.delete(socket));
+  });
+  server.on("request", (request, response) => {
+    const { socket } = request;
+    if (!http1.has(socket)) return;
+    http1.set(socket, (http1.get(socket) ?? 0) + 1);
+    onceOf(response, "close", () => {
+      if (http1.has(socket)) http1.set(socket, (http1.get(socket) ?? 1) - 1);
+      if (!server.listening && http1.get(socket) === 0) socket.end();
+    });
+  });
+  server.on("tlsClientError", (error) => options.log.debug({ err: error }, "a TLS handshake failed"));
+  return {
+    sessions,
+    endIdle() {
+      for (const [socket, requests] of http1) if (requests === 0) socket.end();
+    },
+    destroyAll() {
+      for (const session of sessions) session.destroy();
+      for (const socket of sockets) socket.destroy();
+    },
+  };
+}

@@ -1,0 +1,170 @@
+// A real public listener for tests: TLS, gate and interceptors as in production, with handlers of the test's choice
+// and callers that the credential itself describes.
+import { Agent as HttpsAgent, request as httpsRequest } from "node:https";
+import type { ConnectRouter, Transport } from "@connectrpc/connect";
+import { createConnectTransport, createGrpcTransport, createGrpcWebTransport } from "@connectrpc/connect-node";
+import { Role } from "@clodei/proto/gen/clodei/options/v1/options";
+import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
+import { newId } from "@clodei/proto/ids";
+import { Authority } from "../nodes/authority.ts";
+import { DomainError } from "../platform/errors.ts";
+import { createLog } from "../platform/log.ts";
+import { anonymousCaller, type Caller } from "./caller.ts";
+import { createMetrics } from "./metrics.ts";
+import { type PublicListener, type PublicListenerOptions, startPublicListener } from "./public-listener.ts";
+import { RateLimiter } from "./rate-limit.ts";
+import { RequestValidator } from "./validation.ts";
+
+export type TestListener = AsyncDisposable & {
+  readonly listener: PublicListener;
+  readonly url: string;
+  readonly caPem: string;
+  /** The lines of the log. */
+  readonly lines: readonly string[];
+  readonly authority: Authority;
+  transport(kind: TransportKind, authorization?: string): Transport;
+};
+
+export const transportKinds = ["connect-json", "connect-http1", "grpc", "grpc-web", "grpc-web-http1"] as const;
+export type TransportKind = (typeof transportKinds)[number];
+
+/** The callers that tests can be, each by the credential "Bearer NAME". */
+export const testCallers: Readonly<Record<string, Caller>> = {
+  ...Object.fromEntries(
+    Object.entries(Role)
+      .filter(([name]) => name !== "UNSPECIFIED")
+      .map(([name, role]) => [`role-${name}`, customerWith([role])]),
+  ),
+  "no-role": customerWith([]),
+  unverified: { ...customerWith([Role.ADMIN]), emailVerified: false },
+  user: { kind: "user", callerId: newId("usr"), emailVerified: true },
+  platform: { kind: "platform", callerId: newId("opr"), credential: "token" },
+  node: { kind: "node", nodeId: newId("nod"), certificateSerial: "01" },
+};
+
+function customerWith(roles: readonly Role[]): Extract<Caller, { kind: "customer" }> {
+  return {
+    kind: "customer",
+    organizationId: newId("org"),
+    organizationName: "test",
+    callerId: newId("usr"),
+    credential: "token",
+    roles: new Set(roles),
+    emailVerified: true,
+  };
+}
+
+/** Starts a public listener on a free port of loopback. */
+export async function startTestListener(
+  routes: (router: ConnectRouter) => void,
+  options: Partial<PublicListenerOptions> = {},
+): Promise<TestListener> {
+  const now = new Date();
+  const { certificatePem, privateKeyPem } = await Authority.generate(now);
+  const authority = await Authority.fromPem(certificatePem, privateKeyPem, "test.clodei.com", now);
+  const lines: string[] = [];
+  const listener = await startPublicListener({
+    host: "127.0.0.1",
+    port: 0,
+    tls: await authority.issueListenerCertificate(["localhost", "127.0.0.1"], now),
+    corsOrigins: ["https://console.example"],
+    routes,
+    authenticate: (headers) => Promise.resolve(callerBy(headers.get("authorization") ?? "")),
+    stillHolds: () => Promise.resolve(true),
+    addressLimiter: new RateLimiter({ perSecond: 1e6, burst: 1e6 }),
+    callerLimiter: new RateLimiter({ perSecond: 1e6, burst: 1e6 }),
+    validator: new RequestValidator(),
+    recheckMs: 100,
+    metrics: createMetrics(),
+    log: createLog("info", { write: (line) => lines.push(line) }),
+    ...options,
+  });
+  const url = `https://127.0.0.1:${listener.port}`;
+  return {
+    listener,
+    url,
+    caPem: certificatePem,
+    lines,
+    authority,
+    transport: (kind, authorization) => createTransport(kind, url, certificatePem, authorization),
+    [Symbol.asyncDispose]: () => listener.close(0),
+  };
+}
+
+function callerBy(authorization: string): Caller {
+  if (authorization === "") return anonymousCaller;
+  const caller = testCallers[authorization.replace(/^Bearer /, "")];
+  if (caller === undefined) throw new DomainError(ErrorReason.TOKEN_INVALID, "no such test caller");
+  return caller;
+}
+
+function createTransport(
+  kind: TransportKind,
+  baseUrl: string,
+  ca: string,
+  authorization: string | undefined,
+): Transport {
+  const common = {
+    baseUrl,
+    nodeOptions: { ca },
+    interceptors: [
+      (next: Parameters<NonNullable<Parameters<typeof createGrpcTransport>[0]["interceptors"]>[number]>[0]) =>
+        (request: Parameters<typeof next>[0]) => {
+          if (authorization !== undefined) request.header.set("authorization", authorization);
+          return next(request);
+        },
+    ],
+  };
+  switch (kind) {
+    case "connect-json":
+      return createConnectTransport({ ...common, httpVersion: "2", useBinaryFormat: false });
+    case "connect-http1":
+      return createConnectTransport({ ...common, httpVersion: "1.1", useBinaryFormat: true });
+    case "grpc":
+      return createGrpcTransport(common);
+    case "grpc-web":
+      return createGrpcWebTransport({ ...common, httpVersion: "2" });
+    case "grpc-web-http1":
+      return createGrpcWebTransport({ ...common, httpVersion: "1.1" });
+  }
+}
+
+/** What came back on a plain HTTP/1.1 request. */
+export type PlainResponse = {
+  readonly status: number;
+  readonly headers: Readonly<Record<string, string | readonly string[] | undefined>>;
+  readonly body: string;
+};
+
+/** A plain HTTP/1.1 request, with a body or without an end. */
+export function sendPlain(
+  test: Pick<TestListener, "url" | "caPem">,
+  request: {
+    readonly method?: string;
+    readonly path: string;
+    readonly headers?: Record<string, string>;
+    readonly body?: string;
+    /** Promise a body and never send it. */
+    readonly endless?: boolean;
+  },
+): Promise<PlainResponse> {
+  const { promise, resolve, reject } = Promise.withResolvers<PlainResponse>();
+  const agent = new HttpsAgent({ keepAlive: false });
+  const outgoing = httpsRequest(
+    `${test.url}${request.path}`,
+    { method: request.method ?? "POST", ca: test.caPem, agent, headers: request.headers ?? {} },
+    (response) => {
+      let body = "";
+      response.setEncoding("utf8");
+      response.on("data", (text: string) => (body += text));
+      response.once("end", () => {
+        resolve({ status: response.statusCode ?? 0, headers: response.headers, body });
+        outgoing.destroy();
+      });
+    },
+  );
+  outgoing.once("error", reject);
+  if (request.endless === true) outgoing.write("{");
+  else outgoing.end(request.body ?? "");
+  return promise;
+}
