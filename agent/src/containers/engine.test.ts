@@ -1,0 +1,468 @@
+import assert from "node:assert/strict";
+import { lstat, readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { after, before, describe, it } from "node:test";
+import { create, type MessageInitShape } from "@bufbuild/protobuf";
+import { type ContainerSpec, ContainerSpecSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import { InstanceReason, PullPolicy } from "@clodei/proto/gen/clodei/v1/instance";
+import { newId } from "@clodei/proto/ids";
+import { containerLabels, containerName } from "@clodei/proto/node-link";
+import { engineUnavailable, startTestEngine } from "../../../test/harness/engine.ts";
+import { callEngine, callEngineJson } from "../../../tools/engine/api.ts";
+import { importBusybox } from "../../../tools/engine/busybox.ts";
+import type { PrivateEngine } from "../../../tools/engine/private-engine.ts";
+import { type AttemptKey, networkName } from "./container-body.ts";
+import { EngineError, type EngineErrorKind } from "./engine-error.ts";
+import { ContainerEngine, type ContainerEngineOptions, type StartedContainer } from "./engine.ts";
+
+const image = "docker.io/library/busybox:latest";
+const signal = new AbortController().signal;
+const nodeId = newId("nod");
+
+function fails(kind: EngineErrorKind, message: RegExp = /./) {
+  return (error: unknown): boolean => {
+    assert.ok(error instanceof EngineError, String(error));
+    assert.equal(error.kind, kind, error.message);
+    assert.match(error.message, message);
+    return true;
+  };
+}
+
+/** A value of unknown shape, by a path through it. */
+function at(value: unknown, ...path: readonly (string | number)[]): unknown {
+  let found = value;
+  for (const part of path) {
+    assert.ok(typeof found === "object" && found !== null, `nothing at ${path.join(".")}`);
+    found = Object.entries(found).find(([name]) => name === String(part))?.[1];
+  }
+  return found;
+}
+
+describe("containers on a real engine", { skip: engineUnavailable }, () => {
+  let engine: PrivateEngine;
+  let containers: ContainerEngine;
+
+  const make = (options: Partial<ContainerEngineOptions> = {}): ContainerEngine =>
+    new ContainerEngine({
+      socketPath: engine.socketPath,
+      nodeId,
+      workspaceFolder: join(engine.folder, "workspaces"),
+      simulatedGpus: new Set(["GPU-SIM-1"]),
+      dnsServers: ["10.255.255.1"],
+      pidsLimit: 100,
+      openFilesLimit: 1000,
+      ...options,
+    });
+
+  before(async () => {
+    engine = await startTestEngine();
+    await importBusybox(engine.socketPath, image);
+    containers = make();
+    await containers.check(signal);
+  });
+  after(async () => engine.close());
+
+  const spec = (
+    script: string,
+    more: Omit<MessageInitShape<typeof ContainerSpecSchema>, "$typeName"> = {},
+  ): ContainerSpec =>
+    create(ContainerSpecSchema, { image, command: ["sh", "-c", script], cpuMillis: 500, memoryMib: 64, ...more });
+
+  const newKey = (): AttemptKey => ({ instanceId: newId("ins"), attempt: 1 });
+
+  async function prepare(key: AttemptKey, what: ContainerSpec, by = containers): Promise<string> {
+    const local = await by.ensureImage(what.image, PullPolicy.NEVER, () => {}, signal);
+    return by.create(key, 7n, what, local, signal);
+  }
+
+  async function run(
+    what: ContainerSpec,
+    key = newKey(),
+  ): Promise<AttemptKey & { readonly id: string; readonly started: StartedContainer }> {
+    const id = await prepare(key, what);
+    return { ...key, id, started: await containers.start(key, signal) };
+  }
+
+  async function observe(key: AttemptKey) {
+    const all = await containers.list(signal);
+    return all.find((container) => container.instanceId === key.instanceId && container.attempt === key.attempt);
+  }
+
+  async function ended(key: AttemptKey) {
+    await containers.waitEnd(key, signal);
+    return (await observe(key)) ?? assert.fail("the container is there");
+  }
+
+  const inspect = (id: string): Promise<unknown> =>
+    callEngineJson(engine.socketPath, { path: `/containers/${id}/json` });
+
+  it("invariant 5: the engine's view of a running container is exactly the hardening that was asked for", async () => {
+    const key = await run(spec("sleep 100", { gpuUuids: ["GPU-SIM-1"], env: { A: "b" } }));
+    const view = await inspect(key.id);
+    const name = containerName(key.instanceId, 1);
+    const workspace = join(engine.folder, "workspaces", key.instanceId);
+    // The engine's own defaults: paths of /proc and /sys that a container must not read, or not write.
+    const maskedPaths = [
+      "/proc/asound",
+      "/proc/acpi",
+      "/proc/kcore",
+      "/proc/keys",
+      "/proc/latency_stats",
+      "/proc/timer_list",
+      "/proc/timer_stats",
+      "/proc/sched_debug",
+      "/proc/scsi",
+      "/sys/firmware",
+    ];
+    const readonlyPaths = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+    const nothing = {
+      Binds: null,
+      ContainerIDFile: "",
+      PortBindings: {},
+      AutoRemove: false,
+      VolumeDriver: "",
+      VolumesFrom: null,
+      DnsOptions: null,
+      ExtraHosts: null,
+      GroupAdd: null,
+      Cgroup: "",
+      Links: null,
+      OomScoreAdj: 0,
+      PublishAllPorts: false,
+      ConsoleSize: [0, 0],
+      Isolation: "",
+      CgroupParent: "",
+      BlkioWeight: 0,
+      BlkioWeightDevice: null,
+      BlkioDeviceReadBps: null,
+      BlkioDeviceWriteBps: null,
+      BlkioDeviceReadIOps: null,
+      BlkioDeviceWriteIOps: null,
+      CpuPeriod: 0,
+      CpuQuota: 0,
+      CpuRealtimePeriod: 0,
+      CpuRealtimeRuntime: 0,
+      CpusetCpus: "",
+      CpusetMems: "",
+      KernelMemory: 0,
+      KernelMemoryTCP: 0,
+      MemoryReservation: 0,
+      MemorySwappiness: null,
+      CpuCount: 0,
+      CpuPercent: 0,
+      IOMaximumIOps: 0,
+      IOMaximumBandwidth: 0,
+    };
+    const mib = 1024 * 1024;
+    assert.deepEqual(at(view, "HostConfig"), {
+      ...nothing,
+      Privileged: false,
+      CapAdd: [],
+      CapDrop: ["ALL"],
+      SecurityOpt: ["no-new-privileges"],
+      Runtime: "runc",
+      NetworkMode: networkName(key.instanceId),
+      IpcMode: "private",
+      PidMode: "",
+      UTSMode: "",
+      UsernsMode: "",
+      CgroupnsMode: "private",
+      Dns: ["10.255.255.1"],
+      DnsSearch: ["."],
+      Mounts: [{ Type: "bind", Source: workspace, Target: "/workspace", BindOptions: { Propagation: "rprivate" } }],
+      ReadonlyRootfs: false,
+      ShmSize: 32 * mib,
+      Devices: [],
+      DeviceCgroupRules: null,
+      DeviceRequests: null,
+      Memory: 64 * mib,
+      MemorySwap: 64 * mib,
+      OomKillDisable: false,
+      NanoCpus: 500_000_000,
+      CpuShares: 512,
+      PidsLimit: 100,
+      Ulimits: [
+        { Name: "core", Soft: 0, Hard: 0 },
+        { Name: "nofile", Soft: 1000, Hard: 1000 },
+      ],
+      LogConfig: { Type: "local", Config: { "max-size": "32m", "max-file": "2", compress: "false" } },
+      RestartPolicy: { Name: "no", MaximumRetryCount: 0 },
+      MaskedPaths: maskedPaths,
+      ReadonlyPaths: readonlyPaths,
+    });
+    const {
+      [containerLabels.generation]: generation,
+      "clodei.spec_digest": digest,
+      ...labels
+    } = at(view, "Config", "Labels") as Record<string, string>;
+    assert.deepEqual([generation, /^[0-9a-f]{64}$/.test(digest ?? "")], ["7", true]);
+    assert.deepEqual(labels, {
+      [containerLabels.nodeId]: nodeId,
+      [containerLabels.instanceId]: key.instanceId,
+      [containerLabels.attempt]: "1",
+    });
+    const config: Record<string, unknown> = { ...(at(view, "Config") as object) };
+    delete config["Labels"];
+    assert.deepEqual(config, {
+      Hostname: key.instanceId.replace("_", "-"),
+      Domainname: "",
+      User: "",
+      AttachStdin: false,
+      AttachStdout: false,
+      AttachStderr: false,
+      Tty: false,
+      OpenStdin: false,
+      StdinOnce: false,
+      Env: ["A=b", "NVIDIA_VISIBLE_DEVICES=void", "PATH=/bin"],
+      Cmd: [],
+      Healthcheck: { Test: ["NONE"] },
+      Image: at(view, "Image"),
+      Volumes: null,
+      WorkingDir: "",
+      Entrypoint: ["sh", "-c", "sleep 100"],
+      OnBuild: null,
+      StopSignal: "SIGTERM",
+      StopTimeout: 10,
+    });
+    assert.equal(at(view, "Name"), `/${name}`);
+    assert.deepEqual(Object.keys(at(view, "NetworkSettings", "Networks") as object), [networkName(key.instanceId)]);
+    assert.deepEqual(at(view, "Mounts"), [
+      { Type: "bind", Source: workspace, Destination: "/workspace", Mode: "", RW: true, Propagation: "rprivate" },
+    ]);
+    await containers.remove(key, signal);
+  });
+
+  it("invariant 5: the kernel's view of a running container is read back", async () => {
+    const key = await run(spec("sleep 100 & sleep 100"));
+    const isolation = key.started.isolation ?? assert.fail("it runs");
+    assert.equal(isolation.effectiveCapabilities, 0n);
+    assert.equal(isolation.noNewPrivileges, true);
+    assert.equal(isolation.seccompMode, 2);
+    assert.ok(isolation.seccompFilters >= 1);
+    // Not this library's word for it: the file itself.
+    const status = await readFile(`/proc/${(await observe(key))?.pid}/status`, "latin1");
+    assert.match(status, /^CapBnd:\t0000000000000000$/m);
+    assert.match(status, /^NoNewPrivs:\t1$/m);
+    assert.match(status, /^Seccomp:\t2$/m);
+    await containers.remove(key, signal);
+  });
+
+  it("kills a container whose isolation is not what it must be", async () => {
+    const weaknesses: Record<string, [object, RegExp]> = {
+      capability: [{ CapAdd: ["CHOWN"] }, /CapInh|CapPrm/],
+      privileges: [{ SecurityOpt: [] }, /NoNewPrivs 0/],
+      seccomp: [{ SecurityOpt: ["no-new-privileges", "seccomp=unconfined"] }, /Seccomp 0/],
+      pid: [{ PidMode: "host" }, /host's pid namespace/],
+      ipc: [{ IpcMode: "host" }, /host's ipc namespace/],
+    };
+    for (const [weakness, [change, message]] of Object.entries(weaknesses)) {
+      const key = newKey();
+      await prepare(key, spec("sleep 100"));
+      const view = await inspect(containerName(key.instanceId, 1));
+      // The same name and labels, as if Docker had not done what it was asked.
+      await callEngine(engine.socketPath, {
+        method: "DELETE",
+        path: `/containers/${containerName(key.instanceId, 1)}`,
+      });
+      await callEngine(engine.socketPath, {
+        method: "POST",
+        path: "/containers/create",
+        query: { name: containerName(key.instanceId, 1) },
+        body: { ...(at(view, "Config") as object), HostConfig: { ...(at(view, "HostConfig") as object), ...change } },
+      });
+      await assert.rejects(containers.start(key, signal), fails("policy", message), weakness);
+      assert.equal((await ended(key)).state, "exited", weakness);
+      await containers.remove(key, signal);
+    }
+  });
+
+  it("finds a process of another user that was added beside a clean first one", async () => {
+    const key = await run(spec("sleep 100"));
+    const exec = await callEngineJson(engine.socketPath, {
+      method: "POST",
+      path: `/containers/${key.id}/exec`,
+      body: { Cmd: ["sleep", "100"], User: "1000" },
+    });
+    await callEngine(engine.socketPath, {
+      method: "POST",
+      path: `/exec/${String(at(exec, "Id"))}/start`,
+      body: { Detach: true },
+    });
+    await assert.rejects(containers.adopt(key, signal), fails("policy", /Uid 1000/));
+    assert.equal((await ended(key)).exitCode, 137);
+    await containers.remove(key, signal);
+  });
+
+  it("kills a container that runs as another user than its workspace was given to", async () => {
+    const trick = "docker.io/library/trick:latest";
+    // A name to its /etc/passwd, and a number to runc.
+    const passwd = "root:x:0:0::/:/bin/sh\n+10001:x:0:0::/:/bin/sh\n";
+    await importBusybox(engine.socketPath, trick, {
+      files: [{ path: "etc/passwd", kind: "file", data: Buffer.from(passwd) }],
+      changes: ["USER +10001"],
+    });
+    await assert.rejects(run(spec("sleep 100", { image: trick })), fails("policy", /Uid/));
+  });
+
+  it("gives the workspace, and nothing else, to the user that the image names", async () => {
+    const named = "docker.io/library/named:latest";
+    const passwd = "root:x:0:0::/:/bin/sh\napp:x:1234:1235::/:/bin/sh\n";
+    await importBusybox(engine.socketPath, named, {
+      files: [{ path: "etc/passwd", kind: "file", data: Buffer.from(passwd) }],
+      changes: ["USER app"],
+    });
+    for (const [reference, uid] of [
+      [named, 1234],
+      [image, 0],
+    ] as const) {
+      const key = await run(spec("echo kept > /workspace/file", { image: reference }));
+      assert.equal((await ended(key)).exitCode, 0);
+      const folder = join(engine.folder, "workspaces", key.instanceId);
+      const found = await lstat(folder);
+      assert.deepEqual([found.uid, found.mode & 0o7777], [uid, 0o750]);
+      assert.equal((await lstat(join(engine.folder, "workspaces"))).mode & 0o777, 0o700);
+      await containers.remove(key, signal);
+      const second = await run(spec("cat /workspace/file", { image: reference }), { ...key, attempt: 2 });
+      assert.equal((await ended(second)).exitCode, 0, "the workspace outlives the attempt");
+      await containers.remove(second, signal);
+      await containers.removeWorkspace(key.instanceId);
+      await assert.rejects(lstat(folder), { code: "ENOENT" });
+    }
+  });
+
+  it("reads no more of an image than an account file can have", async () => {
+    const endless = "docker.io/library/endless:latest";
+    const data = Buffer.alloc(2 * 1024 * 1024, "root:x:0:0::/:/bin/sh\n");
+    await importBusybox(engine.socketPath, endless, {
+      files: [{ path: "etc/passwd", kind: "file", data }],
+      changes: ["USER app"],
+    });
+    await assert.rejects(run(spec("true", { image: endless })), fails("start_failed", /larger than/));
+  });
+
+  it("tells how a container ended: by itself, by its code, for memory", async () => {
+    const good = await ended(await run(spec("exit 0")));
+    assert.deepEqual([good.state, good.exitCode, good.oomKilled], ["exited", 0, false]);
+    assert.ok((good.startTime?.getTime() ?? 0) <= (good.finishTime?.getTime() ?? 0));
+    const three = await ended(await run(spec("exit 3")));
+    assert.deepEqual([three.exitCode, three.oomKilled, three.generation], [3, false, 7n]);
+    const hungry = await ended(await run(spec("x=a; while :; do x=$x$x$x; done", { memoryMib: 16 })));
+    assert.deepEqual([hungry.exitCode, hungry.oomKilled], [137, true]);
+    for (const key of [good, three, hungry]) await containers.remove(key, signal);
+  });
+
+  it("says why a container cannot start", async () => {
+    await assert.rejects(run(spec("", { command: ["/no/such/program"] })), (error: unknown) => {
+      assert.ok(fails("start_failed", /no such file/)(error) && error instanceof EngineError);
+      return error.reason === InstanceReason.START_FAILED && !error.retryable;
+    });
+    const nobody = "docker.io/library/nobody:latest";
+    await importBusybox(engine.socketPath, nobody, { changes: ["USER ghost"] });
+    await assert.rejects(run(spec("true", { image: nobody })), fails("start_failed", /ghost/));
+    await assert.rejects(
+      containers.ensureImage("docker.io/library/missing:1", PullPolicy.NEVER, () => {}, signal),
+      fails("image_not_found", /missing/),
+    );
+  });
+
+  it("creates once, starts once, and takes up what another process made", async () => {
+    const key = newKey();
+    const what = spec("echo run >> /workspace/runs");
+    const id = await prepare(key, what);
+    // A second agent, as after a crash: it knows nothing of the first one's calls.
+    const other = make();
+    assert.equal(await prepare(key, what, other), id);
+    assert.equal((await observe(key))?.state, "created");
+    await other.start(key, signal);
+    await ended(key);
+    const again = await containers.start(key, signal);
+    assert.equal(again.isolation, undefined);
+    await make().start(key, signal);
+    assert.equal(await readFile(join(engine.folder, "workspaces", key.instanceId, "runs"), "utf8"), "run\n");
+    await assert.rejects(prepare(key, spec("echo other")), fails("policy", /another specification/));
+    await containers.remove(key, signal);
+    await containers.remove(key, signal);
+    await containers.stop(key, 0, signal);
+  });
+
+  it("replaces a container of another specification that never ran, and never touches a stranger's", async () => {
+    const key = newKey();
+    const first = await prepare(key, spec("echo one"));
+    const second = await prepare(key, spec("echo two"));
+    assert.notEqual(second, first);
+    const stranger = make({ nodeId: newId("nod") });
+    assert.deepEqual(await stranger.list(signal), []);
+    await assert.rejects(prepare(key, spec("echo two"), stranger), fails("failed", /did not create/));
+    await stranger.remove(key, signal);
+    assert.equal((await observe(key))?.containerId, second);
+    await containers.remove(key, signal);
+  });
+
+  it("stops in order within the grace, by force after it, and removes container and network", async () => {
+    const polite = await run(spec("trap 'exit 5' TERM; while :; do sleep 0.1; done"));
+    await containers.stop(polite, 10_000, signal);
+    assert.equal((await observe(polite))?.exitCode, 5);
+    const deaf = await run(spec("trap '' TERM; while :; do sleep 0.1; done"));
+    const begin = performance.now();
+    await containers.stop(deaf, 1000, signal);
+    assert.ok(performance.now() - begin < 6000);
+    assert.equal((await observe(deaf))?.exitCode, 137);
+    for (const key of [polite, deaf]) {
+      await containers.remove(key, signal);
+      assert.equal(await observe(key), undefined);
+      await containers.removeWorkspace(key.instanceId);
+      assert.ok(!(await containers.leftovers(signal)).has(key.instanceId));
+    }
+  });
+
+  it("keeps the network of an attempt while another attempt of the instance is there", async () => {
+    const first = await run(spec("sleep 100"));
+    const second = { ...first, attempt: 2 };
+    await prepare(second, spec("sleep 100"));
+    await containers.remove(first, signal);
+    await containers.start(second, signal);
+    assert.equal((await observe(second))?.state, "running");
+    await containers.remove(second, signal);
+  });
+
+  it("names attempts whose containers change, and says when the engine goes away", async () => {
+    const seen: AttemptKey[] = [];
+    const watching = (async () => {
+      for await (const key of containers.events(signal)) seen.push(key);
+    })();
+    const lost = assert.rejects(watching, fails("away"));
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    const key = await run(spec("sleep 100"));
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    assert.ok(seen.some((event) => event.instanceId === key.instanceId && event.attempt === 1));
+    const waiting = assert.rejects(containers.waitEnd(key, signal), fails("away"));
+    await engine.kill();
+    await lost;
+    await waiting;
+    await assert.rejects(containers.list(signal), (error: unknown) => error instanceof EngineError && error.retryable);
+    await engine.startDaemon();
+    assert.equal((await observe(key))?.state, "running", "a container outlives its engine's crash");
+    assert.equal((await containers.adopt(key, signal)).isolation?.effectiveCapabilities, 0n);
+    await containers.remove(key, signal);
+  });
+
+  it("ends a call when its signal is aborted", async () => {
+    const stop = new AbortController();
+    const key = await run(spec("sleep 100"));
+    const waiting = containers.waitEnd(key, stop.signal);
+    stop.abort(new Error("enough"));
+    await assert.rejects(waiting, /enough/);
+    await assert.rejects(containers.list(stop.signal), /enough/);
+    await containers.remove(key, signal);
+  });
+
+  it("removes containers with its label that name no attempt", async () => {
+    await callEngine(engine.socketPath, {
+      method: "POST",
+      path: "/containers/create",
+      body: { Image: image, Labels: { [containerLabels.nodeId]: nodeId, [containerLabels.instanceId]: "ins_" } },
+    });
+    assert.equal(await containers.removeNameless(signal), 1);
+    assert.equal(await containers.removeNameless(signal), 0);
+  });
+});

@@ -1,0 +1,413 @@
+// The node's containers, on Docker. Every call is idempotent and can be repeated after the agent or the engine was
+// killed in the middle of it: a container's name follows from instance and attempt, so the second create finds the
+// first one's work.
+import { constants, readFileSync } from "node:fs";
+import { access } from "node:fs/promises";
+import { join } from "node:path";
+import type { Readable } from "node:stream";
+import type { ContainerSpec, Isolation } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import type { PullPolicy } from "@clodei/proto/gen/clodei/v1/instance";
+import { type InstanceId, type NodeId, parseId } from "@clodei/proto/ids";
+import { containerLabels, containerName } from "@clodei/proto/node-link";
+import type { ContainerInspectInfo } from "dockerode";
+import type Docker from "dockerode";
+import { type AttemptKey, type ContainerSettings, containerBody, specDigestLabel } from "./container-body.ts";
+import { DockerClient, engineError, refusalOf } from "./docker-client.ts";
+import { EngineError } from "./engine-error.ts";
+import { attemptOf, attemptsOf } from "./events.ts";
+import { firstFileOfTar, resolveImageUser } from "./image-user.ts";
+import { Images, type LocalImage } from "./images.ts";
+import { IsolationError, readIsolation } from "./isolation.ts";
+import { InstanceNetworks } from "./networks.ts";
+import { NodeContainers, unless } from "./node-containers.ts";
+import { hasRun, type ObservedContainer, observedContainer, timeOf } from "./observed.ts";
+import type { PullBytes } from "./pull.ts";
+import type { RegistryAuth } from "./registry-auth.ts";
+import { clearStart, type StartTrace, traceOfStart } from "./start-trace.ts";
+import { Workspaces } from "./workspace.ts";
+
+/** Processes and threads of one container. PyTorch with many loaders uses some hundreds. */
+const defaultPidsLimit = 4096;
+/** Open files of one process. Lower where this process itself may open fewer: an engine under the same limits cannot raise it. */
+const defaultOpenFilesLimit = 65_536;
+/** Where no resolver is known, names resolve to nothing; without any, Docker would ask the host's from the host. */
+const noResolver = ["127.0.0.1"];
+const defaultNetworkPool = "10.213.0.0/16";
+/** Looks at containers run so many at a time. */
+const inspectConcurrency = 8;
+
+export interface ContainerEngineOptions {
+  readonly socketPath: string;
+  readonly nodeId: NodeId;
+  /** Workspaces stand in it. Only the agent's user may enter it. */
+  readonly workspaceFolder: string;
+  readonly simulatedGpus: ReadonlySet<string>;
+  readonly registryAuth?: RegistryAuth | undefined;
+  /** Resolvers for containers. None: names do not resolve. */
+  readonly dnsServers?: readonly string[];
+  readonly networkPool?: string;
+  readonly pidsLimit?: number;
+  readonly openFilesLimit?: number;
+}
+
+/** The engine behind the socket. */
+export interface EngineInfo {
+  readonly version: string;
+  readonly storageDriver: string;
+  readonly cgroupVersion: string;
+  /** Whether the engine applies an AppArmor profile to containers. */
+  readonly appArmor: boolean;
+}
+
+/** A container that was started. */
+export interface StartedContainer {
+  readonly startTime: Date;
+  /** What the kernel applies; undefined when the process had ended before it could be read. */
+  readonly isolation: Isolation | undefined;
+}
+
+/** Where the engine writes a container's output. */
+export interface LogSource {
+  readonly containerId: string;
+  readonly folder: string;
+}
+
+/** Docker, as far as this node's own containers go. Others on the same engine are never touched. */
+export class ContainerEngine {
+  readonly #client: DockerClient;
+  readonly #settings: ContainerSettings;
+  readonly #containers: NodeContainers;
+  readonly #images: Images;
+  readonly #networks: InstanceNetworks;
+  readonly #workspaces: Workspaces;
+  #rootFolder: string | undefined;
+
+  constructor(options: ContainerEngineOptions) {
+    this.#client = new DockerClient(options.socketPath);
+    this.#settings = {
+      nodeId: options.nodeId,
+      simulatedGpus: options.simulatedGpus,
+      dnsServers: (options.dnsServers ?? []).length > 0 ? (options.dnsServers ?? []) : noResolver,
+      pidsLimit: options.pidsLimit ?? defaultPidsLimit,
+      openFilesLimit: Math.min(options.openFilesLimit ?? defaultOpenFilesLimit, ownOpenFilesLimit()),
+    };
+    this.#containers = new NodeContainers(this.#client, options.nodeId);
+    this.#images = new Images(this.#client, options.registryAuth);
+    this.#networks = new InstanceNetworks(this.#client, options.nodeId, options.networkPool ?? defaultNetworkPool);
+    this.#workspaces = new Workspaces(options.workspaceFolder);
+  }
+
+  /** Whether the engine answers and is one that containers can be trusted to. Throws EngineError where not. */
+  async check(signal: AbortSignal): Promise<EngineInfo> {
+    const info: unknown = await this.#client.get("answer", "/info", signal);
+    const {
+      DockerRootDir: rootFolder,
+      SecurityOptions,
+      ServerVersion,
+      Driver,
+      CgroupVersion,
+    } = info as Record<string, unknown>;
+    const security = Array.isArray(SecurityOptions) ? SecurityOptions.map(String) : [];
+    // The engine's own default is what containers get, since none is named for them. "builtin" from version 23 on.
+    if (!security.some((option) => /^name=seccomp,profile=(default|builtin)$/.test(option))) {
+      throw new EngineError("failed", "the container engine's seccomp profile is not Docker's default");
+    }
+    if (typeof rootFolder !== "string") throw new EngineError("failed", "the container engine names no data folder");
+    await access(join(rootFolder, "containers"), constants.R_OK | constants.X_OK).catch((error: unknown) => {
+      throw new EngineError("failed", `the container engine's data folder ${rootFolder} cannot be read`, {
+        cause: error,
+      });
+    });
+    this.#rootFolder = rootFolder;
+    return {
+      version: String(ServerVersion),
+      storageDriver: String(Driver),
+      cgroupVersion: typeof CgroupVersion === "string" ? CgroupVersion : "1",
+      appArmor: security.includes("name=apparmor"),
+    };
+  }
+
+  /** This node's containers, in whatever state. */
+  async list(signal: AbortSignal): Promise<ObservedContainer[]> {
+    const ids = await this.#containers.ids({}, signal);
+    const observed: (ObservedContainer | undefined)[] = [];
+    for (let begin = 0; begin < ids.length; begin += inspectConcurrency) {
+      const inspected = ids.slice(begin, begin + inspectConcurrency).map((id) => this.#containers.inspect(id, signal));
+      // One that was removed since the list was made is not there.
+      for (const container of await Promise.all(inspected)) observed.push(container && observedContainer(container));
+    }
+    return observed.filter((container) => container !== undefined);
+  }
+
+  /**
+   * Makes the image be on the node.
+   * Throws EngineError: image_not_found, unauthorized, pull_failed.
+   */
+  ensureImage(
+    image: string,
+    policy: PullPolicy,
+    onProgress: (bytes: PullBytes) => void,
+    signal: AbortSignal,
+  ): Promise<LocalImage> {
+    return this.#images.ensure(image, policy, onProgress, signal);
+  }
+
+  /** Makes network, workspace and container of an attempt, where they are not there already, and returns the container's id. */
+  async create(
+    key: AttemptKey,
+    generation: bigint,
+    spec: ContainerSpec,
+    image: LocalImage,
+    signal: AbortSignal,
+  ): Promise<string> {
+    const network = this.#networks.ensure(key.instanceId, signal);
+    // It is awaited below; a failure of what comes before must not leave it unheard.
+    network.catch(() => {});
+    const workspace = await this.#workspaces.ensure(key.instanceId);
+    const body = containerBody(this.#settings, key, generation, spec, image.imageId, workspace);
+    const container = await this.#createOrAdopt(key, body, network, signal);
+    const user = await resolveImageUser(image.user, () => this.#readPasswd(container.id, signal));
+    if (!container.ran) await this.#workspaces.own(key.instanceId, user);
+    await network;
+    return container.id;
+  }
+
+  /**
+   * Starts an attempt's container, once: one that has run already is not run again. Reads back its isolation; a
+   * container whose isolation is not what it must be is killed. Throws EngineError: start_failed, policy.
+   */
+  async start(key: AttemptKey, signal: AbortSignal): Promise<StartedContainer> {
+    const name = containerName(key.instanceId, key.attempt);
+    const before = await this.#containers.get(key, signal);
+    if (hasRun(before)) return this.#started(key, before, signal);
+    await this.#start(key, name, signal);
+    return this.#started(key, await this.#containers.get(key, signal), signal);
+  }
+
+  /** What became of a start that was cut off, of a container that the engine never started as far as it knows. */
+  async startTrace(key: AttemptKey, signal: AbortSignal): Promise<StartTrace> {
+    const container = await this.#getUnstarted(key, signal);
+    return traceOfStart(container.Id, join(await this.#outputFolder(container.Id, signal), "container.log"));
+  }
+
+  /** Takes a container that was never started away, with all that a start which was cut off left. Its network stays. */
+  async discard(key: AttemptKey, signal: AbortSignal): Promise<void> {
+    const container = await this.#getUnstarted(key, signal);
+    await clearStart(container.Id);
+    await this.#containers.remove(container.Id, signal);
+  }
+
+  /** Reads back the isolation of a container that was found running. */
+  async adopt(key: AttemptKey, signal: AbortSignal): Promise<StartedContainer> {
+    const container = await this.#containers.get(key, signal);
+    if (!hasRun(container)) throw new EngineError("not_found", "the container was never started");
+    return this.#started(key, container, signal);
+  }
+
+  /** Ends the container's process: SIGTERM, and SIGKILL after the grace. One that is not there or has ended is fine. */
+  async stop(key: AttemptKey, graceMs: number, signal: AbortSignal): Promise<void> {
+    const name = containerName(key.instanceId, key.attempt);
+    // Docker counts in seconds.
+    const graceSeconds = Math.ceil(graceMs / 1000);
+    if ((await this.#containers.find(key, signal)) === undefined) return;
+    await this.#containers
+      .change("stop the container", signal, graceSeconds * 1000, async (docker, abortSignal) => {
+        await docker.getContainer(name).stop({ t: graceSeconds, abortSignal });
+      })
+      .catch(unless(304, 404));
+  }
+
+  /** Removes an attempt's container, with its network when no other attempt of the instance is left. */
+  async remove(key: AttemptKey, signal: AbortSignal): Promise<void> {
+    const container = await this.#containers.find(key, signal);
+    if (container !== undefined) {
+      // What the engine does not know of it does not take away either.
+      if (!hasRun(container)) await clearStart(container.Id);
+      await this.#containers.remove(container.Id, signal);
+    }
+    const others = await this.#containers.ids({ [containerLabels.instanceId]: key.instanceId }, signal);
+    if (others.length === 0) await this.#networks.remove(key.instanceId, signal);
+  }
+
+  /** Removes an instance's workspace. Only once its containers are gone. */
+  async removeWorkspace(instanceId: InstanceId): Promise<void> {
+    await this.#workspaces.remove(instanceId);
+  }
+
+  /** Instances that left a network or a workspace here. */
+  async leftovers(signal: AbortSignal): Promise<Set<InstanceId>> {
+    const names = [...(await this.#networks.list(signal)), ...(await this.#workspaces.list())];
+    return new Set(names.map((name) => parseId("ins", name)).filter((id) => id !== undefined));
+  }
+
+  /** Removes an instance's network. Only once its containers are gone. */
+  async removeNetwork(instanceId: InstanceId, signal: AbortSignal): Promise<void> {
+    await this.#networks.remove(instanceId, signal);
+  }
+
+  /** Removes containers that carry this node's label and name no attempt. Returns how many. */
+  async removeNameless(signal: AbortSignal): Promise<number> {
+    let removed = 0;
+    for (const id of await this.#containers.ids({}, signal)) {
+      const container = await this.#containers.inspect(id, signal);
+      if (container === undefined || attemptOf(container.Config.Labels) !== undefined) continue;
+      await this.#containers.remove(id, signal);
+      removed += 1;
+    }
+    return removed;
+  }
+
+  /**
+   * Names attempts whose containers changed: look again. Ends when the signal is aborted, and throws EngineError when
+   * the engine goes away; what happened meanwhile is not repeated.
+   */
+  async *events(signal: AbortSignal): AsyncGenerator<AttemptKey> {
+    if (signal.aborted) return;
+    const filters = {
+      type: ["container" as const],
+      event: ["create", "start", "die", "oom", "destroy"],
+      label: [`${containerLabels.nodeId}=${this.#settings.nodeId}`],
+    };
+    try {
+      const options = { filters, abortSignal: signal };
+      const stream: unknown = await this.#client.docker.getEvents(options);
+      yield* attemptsOf(stream as Readable);
+    } catch (error) {
+      if (!signal.aborted) throw engineError("watch containers", error);
+    }
+    if (!signal.aborted) throw new EngineError("away", "the container engine ended the stream of events");
+  }
+
+  /** Where the engine writes an attempt's output; undefined when there is no such container. */
+  async logSource(key: AttemptKey, signal: AbortSignal): Promise<LogSource | undefined> {
+    const container = await this.#containers.find(key, signal);
+    if (container === undefined) return undefined;
+    return { containerId: container.Id, folder: await this.#outputFolder(container.Id, signal) };
+  }
+
+  /** Waits until an attempt's container has ended, or is not there any more. */
+  async waitEnd(key: AttemptKey, signal: AbortSignal): Promise<void> {
+    const name = containerName(key.instanceId, key.attempt);
+    for (;;) {
+      const container = await this.#containers.find(key, signal);
+      if (container === undefined) return;
+      if (!container.State.Running && hasRun(container)) return;
+      const condition = hasRun(container) ? "not-running" : "next-exit";
+      const path = `/containers/${name}/wait?condition=${condition}`;
+      await this.#client.wait("wait for the container", path, signal).catch(unless(404));
+    }
+  }
+
+  async #outputFolder(containerId: string, signal: AbortSignal): Promise<string> {
+    if (this.#rootFolder === undefined) await this.check(signal);
+    return join(this.#rootFolder ?? "", "containers", containerId, "local-logs");
+  }
+
+  /** The engine answers only when no start is under way. */
+  async #getUnstarted(key: AttemptKey, signal: AbortSignal): Promise<ContainerInspectInfo> {
+    const container = await this.#containers.get(key, signal);
+    if (hasRun(container)) throw new EngineError("failed", "the container was started meanwhile");
+    return container;
+  }
+
+  async #createOrAdopt(
+    key: AttemptKey,
+    body: Docker.ContainerCreateOptions,
+    network: Promise<void>,
+    signal: AbortSignal,
+  ) {
+    const name = containerName(key.instanceId, key.attempt);
+    // Twice at most: the second time after a container of another specification was taken away.
+    for (;;) {
+      try {
+        return { id: await this.#createContainer(body, network, signal), ran: false };
+      } catch (error) {
+        if (refusalOf(error)?.status !== 409) throw startFailure(error);
+      }
+      const found = await this.#containers.inspect(name, signal);
+      if (found === undefined) continue;
+      if (!this.#containers.belongsTo(found, key)) {
+        throw new EngineError("failed", `a container named ${name} is there that this node did not create`);
+      }
+      if (found.Config.Labels[specDigestLabel] === body.Labels?.[specDigestLabel])
+        return { id: found.Id, ran: hasRun(found) };
+      if (hasRun(found)) throw new EngineError("policy", `${name} was started with another specification`);
+      await this.#containers.remove(found.Id, signal);
+    }
+  }
+
+  async #createContainer(
+    body: Docker.ContainerCreateOptions,
+    network: Promise<void>,
+    signal: AbortSignal,
+  ): Promise<string> {
+    const create = () =>
+      this.#containers.change("create the container", signal, 0, (docker, abortSignal) =>
+        docker.createContainer({ ...body, abortSignal }),
+      );
+    try {
+      // The network is made meanwhile: it is looked for only at the start.
+      return (await create()).id;
+    } catch (error) {
+      if (!/network .* not found/i.test(refusalOf(error)?.message ?? "")) throw error;
+      // An engine that looks for it sooner.
+      await network;
+      return (await create()).id;
+    }
+  }
+
+  async #start(key: AttemptKey, name: string, signal: AbortSignal): Promise<void> {
+    const start = () =>
+      this.#containers.change("start the container", signal, 0, async (docker, abortSignal) => {
+        await docker.getContainer(name).start({ abortSignal });
+      });
+    try {
+      await start();
+    } catch (error) {
+      if (refusalOf(error)?.status === 304) return;
+      if (!/network .* not found/i.test(refusalOf(error)?.message ?? "")) throw startFailure(error);
+      // The removal of an earlier attempt took it away.
+      await this.#networks.ensure(key.instanceId, signal);
+      await start().catch((second: unknown) => {
+        throw startFailure(second);
+      });
+    }
+  }
+
+  async #started(key: AttemptKey, container: ContainerInspectInfo, signal: AbortSignal): Promise<StartedContainer> {
+    const startTime = timeOf(container.State.StartedAt) ?? new Date();
+    if (!container.State.Running) return { startTime, isolation: undefined };
+    const uid = await this.#workspaces.ownerUid(key.instanceId);
+    try {
+      return { startTime, isolation: readIsolation({ pid: container.State.Pid, containerId: container.Id, uid }) };
+    } catch (error) {
+      if (!(error instanceof IsolationError)) throw error;
+      await this.#containers
+        .change("kill the container", signal, 0, async (docker, abortSignal) => {
+          await docker.getContainer(container.Id).kill({ abortSignal });
+        })
+        .catch(unless(404, 409));
+      throw new EngineError("policy", error.message, { cause: error });
+    }
+  }
+
+  async #readPasswd(containerId: string, signal: AbortSignal): Promise<string> {
+    const archive = await this.#containers.archive(containerId, "/etc/passwd", signal);
+    const text = archive === undefined ? undefined : firstFileOfTar(archive);
+    if (text === undefined)
+      throw new EngineError("start_failed", "the image's USER is a name, and it has no plain /etc/passwd");
+    return text;
+  }
+}
+
+/** What a refused create or start is to the customer. */
+function startFailure(error: unknown): unknown {
+  if (!(error instanceof EngineError) || error.kind === "away") return error;
+  return new EngineError("start_failed", error.message, { cause: error });
+}
+
+function ownOpenFilesLimit(): number {
+  const line = /^Max open files\s+\S+\s+(\S+)/m.exec(readFileSync("/proc/self/limits", "latin1"));
+  const hard = Number(line?.[1]);
+  return Number.isSafeInteger(hard) ? hard : Number.MAX_SAFE_INTEGER;
+}

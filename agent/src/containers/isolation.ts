@@ -1,0 +1,176 @@
+// Reads back from the kernel what a container's processes really may do. What Docker was asked for and what it says
+// it did prove nothing; /proc does.
+//
+// Every process of the container's control group is read, because one that was added later (`docker exec`) need not be
+// like the first. Each is held by a descriptor on its folder in /proc: its number may be another process's by the next
+// read, the descriptor's answers stop with the process.
+import { closeSync, constants, openSync, readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { join } from "node:path";
+import { create } from "@bufbuild/protobuf";
+import { type Isolation, IsolationSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+
+/** The isolation is not what it must be. */
+export class IsolationError extends Error {
+  override readonly name = "IsolationError";
+}
+
+/** Whose isolation is read. */
+export interface IsolationSubject {
+  /** The container's first process, as the engine names it. */
+  readonly pid: number;
+  readonly containerId: string;
+  /** The user that every process must be; undefined compares nothing. */
+  readonly uid: number | undefined;
+}
+
+const seccompFilterMode = 2;
+/** How often new processes are looked for. A container that forks without end shows different ones for ever. */
+const maxRounds = 3;
+const capabilitySets = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] as const;
+const ownNamespaces = ["pid", "mnt", "ipc", "uts", "net", "cgroup"] as const;
+
+/**
+ * Reads the isolation of all processes of a container and returns the first one's. Undefined when the container had
+ * ended before it could be read. Throws IsolationError for the first process that may do more than it must.
+ */
+export function readIsolation(subject: IsolationSubject): Isolation | undefined {
+  const first = openProcess(subject.pid);
+  if (first === undefined) return undefined;
+  try {
+    const group = controlGroupOf(first);
+    const status = readStatus(first);
+    // One that ended and was not fetched yet shows what is left of it, which is not what it ran with.
+    if (group === undefined || status === undefined || hasEnded(status)) return undefined;
+    // Another process got the number before the descriptor was opened.
+    if (!group.includes(subject.containerId)) return undefined;
+    checkStatus(subject, status, subject.pid);
+    checkNamespaces(first, subject.pid);
+    checkOthers(subject, group);
+    return create(IsolationSchema, {
+      effectiveCapabilities: BigInt(`0x${status.get("CapEff") ?? "0"}`),
+      noNewPrivileges: status.get("NoNewPrivs") === "1",
+      seccompMode: Number(status.get("Seccomp")),
+      seccompFilters: Number(status.get("Seccomp_filters") ?? "0"),
+    });
+  } finally {
+    closeSync(first);
+  }
+}
+
+function checkOthers(subject: IsolationSubject, group: string): void {
+  const checked = new Set<number>([subject.pid]);
+  for (let round = 0; round < maxRounds; round += 1) {
+    const fresh = processesOf(group).filter((pid) => !checked.has(pid));
+    if (fresh.length === 0) return;
+    for (const pid of fresh) {
+      checked.add(pid);
+      const descriptor = openProcess(pid);
+      if (descriptor === undefined) continue;
+      try {
+        const status = readStatus(descriptor);
+        if (status === undefined || !(controlGroupOf(descriptor)?.includes(subject.containerId) ?? false)) continue;
+        checkStatus(subject, status, pid);
+      } finally {
+        closeSync(descriptor);
+      }
+    }
+  }
+}
+
+function openProcess(pid: number): number | undefined {
+  if (!Number.isSafeInteger(pid) || pid < 1) return undefined;
+  return gone(() => openSync(`/proc/${pid}`, constants.O_RDONLY | constants.O_DIRECTORY));
+}
+
+function readStatus(descriptor: number): Map<string, string> | undefined {
+  const text = readProcess(descriptor, "status");
+  if (text === undefined) return undefined;
+  return new Map(
+    text.split("\n").map((line) => {
+      const colon = line.indexOf(":");
+      return [line.slice(0, colon), line.slice(colon + 1).trim()];
+    }),
+  );
+}
+
+function readProcess(descriptor: number, name: string): string | undefined {
+  return gone(() => readFileSync(`/proc/self/fd/${descriptor}/${name}`, "latin1"));
+}
+
+/** A process that has ended is no violation: the reads of it fail in one of these ways. */
+function gone<T>(read: () => T): T | undefined {
+  try {
+    return read();
+  } catch (error) {
+    const code = error instanceof Error && "code" in error ? error.code : undefined;
+    if (code === "ENOENT" || code === "ESRCH") return undefined;
+    throw error;
+  }
+}
+
+function checkStatus(subject: IsolationSubject, status: ReadonlyMap<string, string>, pid: number): void {
+  // It has neither memory nor rights, and shows no seccomp mode.
+  if (hasEnded(status)) return;
+  const require = (name: string, holds: boolean): void => {
+    if (holds) return;
+    throw new IsolationError(`process ${pid} of the container has ${name} ${status.get(name) ?? "unknown"}`);
+  };
+  for (const name of capabilitySets) require(name, /^0+$/.test(status.get(name) ?? ""));
+  require("NoNewPrivs", status.get("NoNewPrivs") === "1");
+  require("Seccomp", status.get("Seccomp") === String(seccompFilterMode));
+  if (subject.uid === undefined) return;
+  const uids = (status.get("Uid") ?? "").split(/\s+/);
+  require("Uid", uids.length === 4 && uids.every((uid) => uid === String(subject.uid)));
+}
+
+/** Whether the process has ended and was not fetched yet. */
+function hasEnded(status: ReadonlyMap<string, string>): boolean {
+  return /^[ZX]/.test(status.get("State") ?? "");
+}
+
+function checkNamespaces(descriptor: number, pid: number): void {
+  for (const name of ownNamespaces) {
+    const theirs = gone(() => readlinkSync(`/proc/self/fd/${descriptor}/ns/${name}`));
+    const ours = readlinkSync(`/proc/self/ns/${name}`);
+    if (theirs === ours) throw new IsolationError(`process ${pid} of the container is in the host's ${name} namespace`);
+  }
+}
+
+/** The container's control group as a folder: of the pids controller on version 1, of the one hierarchy on version 2. */
+function controlGroupOf(descriptor: number): string | undefined {
+  const text = readProcess(descriptor, "cgroup");
+  if (text === undefined) return undefined;
+  let unified: string | undefined;
+  for (const line of text.split("\n")) {
+    const [, controllers = "", path] = /^\d+:([^:]*):(.*)$/.exec(line) ?? [];
+    if (path === undefined) continue;
+    if (controllers.split(",").includes("pids")) return join(hierarchyOf("pids"), path);
+    if (controllers === "") unified = path;
+  }
+  return unified === undefined ? undefined : join(hierarchyOf(undefined), unified);
+}
+
+/** Where the hierarchy of a controller is mounted; that of version 2 for no controller. */
+function hierarchyOf(controller: string | undefined): string {
+  for (const line of readFileSync("/proc/self/mountinfo", "utf8").split("\n")) {
+    const [left = "", right = ""] = line.split(" - ");
+    const [type, , options = ""] = right.split(" ");
+    const matches =
+      controller === undefined ? type === "cgroup2" : type === "cgroup" && options.split(",").includes(controller);
+    if (matches) return left.split(" ")[4] ?? "";
+  }
+  throw new Error("the control groups are not mounted");
+}
+
+function processesOf(group: string): number[] {
+  const text = gone(() => readFileSync(join(group, "cgroup.procs"), "latin1")) ?? "";
+  const pids = text
+    .split("\n")
+    .filter((line) => line !== "")
+    .map(Number);
+  const below = gone(() => readdirSync(group, { withFileTypes: true })) ?? [];
+  return [
+    ...pids,
+    ...below.filter((entry) => entry.isDirectory()).flatMap((entry) => processesOf(join(group, entry.name))),
+  ];
+}

@@ -1,0 +1,115 @@
+// Keeps the node's inventory current: GPUs are read again and again (their health moves), the host once. Whoever needs
+// the inventory reads the last one and never waits for a tool.
+
+import { create, equals } from "@bufbuild/protobuf";
+import { GpuStatusSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import type { GpuStatus } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import { GpuHealth, GpuSchema, NodeInventorySchema } from "@clodei/proto/gen/clodei/v1/inventory";
+import type { Host, NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
+import { sleep } from "../sleep.ts";
+import { freeMib } from "./host.ts";
+import type { GpuReading, GpuReadings } from "./nvidia-smi.ts";
+
+/** What changes an inventory is told about: how often GPUs are read. As often as heartbeats carry their health. */
+const refreshIntervalMs = 10_000;
+
+/** Free space is told in steps, so that a log line does not make a new inventory. */
+const freeStepMib = 1024;
+
+/** The node's inventory, current to within `refreshIntervalMs`. */
+export class Inventory {
+  readonly #readGpus: (signal?: AbortSignal) => Promise<GpuReadings>;
+  readonly #host: Host;
+  readonly #workspaceFolder: string;
+  readonly #dockerVersion: () => string;
+  #readings: GpuReadings;
+  #current: NodeInventory;
+  readonly #listeners = new Set<() => void>();
+
+  private constructor(options: InventoryOptions, readings: GpuReadings, free: number | undefined) {
+    this.#readGpus = options.readGpus;
+    this.#host = options.host;
+    this.#workspaceFolder = options.workspaceFolder;
+    this.#dockerVersion = options.dockerVersion;
+    this.#readings = readings;
+    this.#current = this.#compose(readings, free);
+  }
+
+  /** Reads everything once. */
+  static async open(options: InventoryOptions): Promise<Inventory> {
+    const [readings, free] = await Promise.all([options.readGpus(), freeMib(options.workspaceFolder)]);
+    return new Inventory(options, readings, free);
+  }
+
+  /** The last inventory. Not to be changed. */
+  current(): NodeInventory {
+    return this.#current;
+  }
+
+  /** Health and use of each GPU, for a heartbeat. */
+  gpuStatuses(): GpuStatus[] {
+    return this.#readings.readings.map(({ gpu, utilizationPercent, memoryUsedMib }) =>
+      create(GpuStatusSchema, {
+        uuid: gpu.uuid,
+        health: gpu.health,
+        healthMessage: gpu.healthMessage,
+        ...(utilizationPercent === undefined ? {} : { utilizationPercent }),
+        ...(memoryUsedMib === undefined ? {} : { memoryUsedMib }),
+      }),
+    );
+  }
+
+  /** Calls `listener` after each change. */
+  onChange(listener: () => void): Disposable {
+    this.#listeners.add(listener);
+    return { [Symbol.dispose]: () => void this.#listeners.delete(listener) };
+  }
+
+  /** Reads everything that may change again. */
+  async refresh(signal?: AbortSignal): Promise<void> {
+    const [readings, free] = await Promise.all([this.#readGpus(signal), freeMib(this.#workspaceFolder)]);
+    // A tool that fails now says nothing about devices seen before: they stay, and the error is told beside them.
+    this.#readings =
+      readings.error !== "" && readings.readings.length === 0 && this.#readings.readings.length > 0
+        ? { readings: this.#readings.readings.map(lost(readings.error)), error: readings.error }
+        : readings;
+    const next = this.#compose(this.#readings, free);
+    if (equals(NodeInventorySchema, next, this.#current)) return;
+    this.#current = next;
+    for (const listener of this.#listeners) listener();
+  }
+
+  /** Refreshes until the signal. */
+  async run(signal: AbortSignal): Promise<void> {
+    while (!signal.aborted) {
+      await sleep(refreshIntervalMs, signal);
+      if (!signal.aborted) await this.refresh(signal).catch(() => undefined);
+    }
+  }
+
+  #compose(readings: GpuReadings, free: number | undefined): NodeInventory {
+    const workspaceFreeMib = Math.min(Math.floor((free ?? 0) / freeStepMib) * freeStepMib, 0xffff_ffff);
+    return create(NodeInventorySchema, {
+      gpus: readings.readings.map(({ gpu }) => gpu),
+      gpuError: readings.error,
+      host: { ...this.#host, dockerVersion: this.#dockerVersion().slice(0, 64), workspaceFreeMib },
+    });
+  }
+}
+
+/** What an inventory is made of. */
+export interface InventoryOptions {
+  readonly readGpus: (signal?: AbortSignal) => Promise<GpuReadings>;
+  readonly host: Host;
+  readonly workspaceFolder: string;
+  /** The engine's version as last seen; empty while it does not answer. */
+  readonly dockerVersion: () => string;
+}
+
+function lost(error: string): (reading: GpuReading) => GpuReading {
+  return ({ gpu }) => ({
+    gpu: create(GpuSchema, { ...gpu, health: GpuHealth.UNHEALTHY, healthMessage: error }),
+    utilizationPercent: undefined,
+    memoryUsedMib: undefined,
+  });
+}

@@ -1,0 +1,106 @@
+// The agent's own judgment of a container, whatever the control plane asked for: the schema's rules, the policy of
+// this node's configuration, and the GPUs that this node really has.
+
+import { createValidator } from "@bufbuild/protovalidate";
+import type { Validator } from "@bufbuild/protovalidate";
+import { checkContainer } from "@clodei/proto/container-policy";
+import {
+  ContainerSpecSchema,
+  DesiredInstanceSchema,
+  DesiredSetSchema,
+} from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import type { ContainerSpec, DesiredSet } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import { InstanceReason } from "@clodei/proto/gen/clodei/v1/instance";
+import { GpuHealth, MigMode } from "@clodei/proto/gen/clodei/v1/inventory";
+import type { NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
+import { parseId } from "@clodei/proto/ids";
+import { create } from "@bufbuild/protobuf";
+
+/** Why an attempt will not run. */
+export interface Refusal {
+  readonly reason: InstanceReason;
+  readonly message: string;
+}
+
+// The contract's longest message; a specification may break many rules at once.
+const maxMessageLength = 2048;
+/** The contract's longest time between SIGTERM and SIGKILL. */
+export const maxStopGraceSeconds = 120;
+
+/** Judges specifications and desired sets. */
+export class Judge {
+  readonly #validator: Validator;
+  readonly #imageAllowlist: readonly string[];
+  readonly #inventory: () => NodeInventory;
+
+  constructor(options: { readonly imageAllowlist: readonly string[]; readonly inventory: () => NodeInventory }) {
+    this.#validator = createValidator();
+    this.#imageAllowlist = options.imageAllowlist;
+    this.#inventory = options.inventory;
+    // The first validation compiles the rules for up to 270 ms: not on the way of the first customer.
+    this.#validator.validate(ContainerSpecSchema, create(ContainerSpecSchema));
+    this.#validator.validate(DesiredSetSchema, create(DesiredSetSchema, { instances: [{}] }));
+  }
+
+  /** Why this must not run here; undefined if it may. */
+  refusalOf(spec: ContainerSpec): Refusal | undefined {
+    const { gpus, host } = this.#inventory();
+    const violations = checkContainer(spec, {
+      imageAllowlist: this.#imageAllowlist,
+      maxCpuMillis: (host?.cpuCount ?? 0) * 1000,
+      maxMemoryMib: host?.memoryMib ?? 0,
+      maxStopGraceSeconds,
+      knownGpuUuids: new Set(gpus.map(({ uuid }) => uuid)),
+    });
+    const image = violations.find(({ rule }) => rule === "image_allowed");
+    if (image !== undefined) return refusal(InstanceReason.IMAGE_NOT_ALLOWED, `image: ${image.message}`);
+    const [first] = violations;
+    if (first !== undefined) {
+      return refusal(
+        InstanceReason.POLICY_VIOLATION,
+        violations.map(({ field, message }) => `${field}: ${message}`).join("; "),
+      );
+    }
+    const result = this.#validator.validate(ContainerSpecSchema, spec);
+    if (result.kind !== "valid") return refusal(InstanceReason.POLICY_VIOLATION, result.error.message);
+    return this.#refusalOfGpus(spec);
+  }
+
+  /** Why the set cannot be understood; undefined if it can. Specifications are judged one by one, when they shall run. */
+  faultOf(set: DesiredSet): string | undefined {
+    const instances = set.instances.map(({ instanceId, attempt, state }) =>
+      create(DesiredInstanceSchema, { instanceId, attempt, state }),
+    );
+    const result = this.#validator.validate(DesiredSetSchema, create(DesiredSetSchema, { instances }));
+    if (result.kind !== "valid") return result.error.message;
+    const seen = new Set<string>();
+    for (const { instanceId } of instances) {
+      // The schema's pattern lets ids pass that no UUID has; such a one would be passed over in silence.
+      if (parseId("ins", instanceId) === undefined) return `${instanceId} is no instance's id`;
+      if (seen.has(instanceId)) return `${instanceId} stands in the set twice`;
+      seen.add(instanceId);
+    }
+    return undefined;
+  }
+
+  #refusalOfGpus(spec: ContainerSpec): Refusal | undefined {
+    const { gpus } = this.#inventory();
+    for (const [index, uuid] of spec.gpuUuids.entries()) {
+      const gpu = gpus.find((candidate) => candidate.uuid === uuid);
+      if (gpu?.health === GpuHealth.UNHEALTHY) {
+        return refusal(InstanceReason.NODE_ERROR, `gpu_uuids[${index}]: the GPU is not healthy: ${gpu.healthMessage}`);
+      }
+      if (gpu?.migMode === MigMode.ENABLED) {
+        return refusal(
+          InstanceReason.POLICY_VIOLATION,
+          `gpu_uuids[${index}]: the GPU is split by MIG and is not given as a whole`,
+        );
+      }
+    }
+    return undefined;
+  }
+}
+
+function refusal(reason: InstanceReason, message: string): Refusal {
+  return { reason, message: message.slice(0, maxMessageLength) };
+}
