@@ -65,6 +65,14 @@ test("a database off this machine needs a CA, and no parameter can loosen its ve
   assert.match(problemsOf(urls("?host=/run/postgresql&host=db.example", "")), /CA/);
 });
 
+test("nothing switches the verification of TLS off for the whole process", () => {
+  assert.match(
+    problemsOf({ NODE_TLS_REJECT_UNAUTHORIZED: "0" }),
+    /^NODE_TLS_REJECT_UNAUTHORIZED: .*NODE_EXTRA_CA_CERTS$/,
+  );
+  assert.equal(problemsOf({ NODE_TLS_REJECT_UNAUTHORIZED: "1" }), "");
+});
+
 test("settings that belong together come together", () => {
   assert.match(problemsOf({ DATABASE_URL: "postgres://clodei_app:p@127.0.0.1/c" }), /DATABASE_SYSTEM_URL/);
   assert.match(problemsOf({ CLODEI_CA_KEY_FILE: "/key.pem" }), /CLODEI_CA_CERTIFICATE_FILE/);

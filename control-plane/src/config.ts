@@ -240,6 +240,7 @@ export function loadConfig(source: ConfigSource = {}): Config {
       return [name, undefined];
     }
   });
+  problems.push(...runtimeProblems(environment));
   if (problems.length > 0) throw new ConfigError(problems);
   // The table gave each value its type; Object.entries forgot which.
   const config = Object.fromEntries(entries) as Config;
@@ -255,6 +256,15 @@ export function configHelp(): string {
     return `  ${name}\n      ${help}${fallback === undefined || fallback === "" ? "" : ` [${fallback}]`}`;
   });
   return lines.join("\n");
+}
+
+/** What the runtime itself would read, and what would switch off a promise of ours in silence. */
+function runtimeProblems(environment: Readonly<Record<string, string | undefined>>): string[] {
+  // Node knows the one value. Issuers are verified by its default, which this changes.
+  if (environment["NODE_TLS_REJECT_UNAUTHORIZED"] !== "0") return [];
+  return [
+    "NODE_TLS_REJECT_UNAUTHORIZED: 0 switches the verification of TLS off: leave it out, and name a private CA in NODE_EXTRA_CA_CERTS",
+  ];
 }
 
 // --- what must hold between settings

@@ -1,6 +1,7 @@
 #!/usr/bin/env node
 // The command clodei-control-plane.
 import { parseArgs } from "node:util";
+import { parseId } from "@clodei/proto/ids";
 import packageJson from "../package.json" with { type: "json" };
 import { type Config, ConfigError, configFlags, configHelp, databaseSourceOf, loadConfig, readPem } from "./config.ts";
 import { IdentityService } from "./identity/service.ts";
@@ -20,6 +21,7 @@ Commands:
   serve                              serves the public API and the node link (the default)
   create-operator [--name NAME]      makes a platform operator and prints its API key, once
   create-organization --name NAME    makes an organization and prints an API key of its admin, once
+  revoke-api-key --key-id KEY_ID     revokes an API key, at once and for good, and prints whose it was
   init-database                      makes the roles in CLODEI_DATABASE_ADMIN_URL and prints three URLs
   --help, --version
 
@@ -27,7 +29,21 @@ Settings, each a flag or a variable; a flag wins:
 ${configHelp()}
 `;
 
-type Arguments = { readonly command: string; readonly name: string | undefined; readonly config: Config };
+/** What the commands take beside the settings. */
+const commandFlags: Readonly<Record<string, readonly CommandFlag[]>> = {
+  serve: [],
+  "create-operator": ["--name"],
+  "create-organization": ["--name"],
+  "revoke-api-key": ["--key-id"],
+  "init-database": [],
+};
+type CommandFlag = "--name" | "--key-id";
+
+type Arguments = {
+  readonly command: string;
+  readonly flags: Readonly<Partial<Record<CommandFlag, string>>>;
+  readonly config: Config;
+};
 
 async function main(): Promise<number> {
   const parsed = parse(process.argv.slice(2));
@@ -42,6 +58,8 @@ async function main(): Promise<number> {
       return createOperator(parsed);
     case "create-organization":
       return createOrganization(parsed);
+    case "revoke-api-key":
+      return revokeApiKey(parsed);
     case "init-database":
       return initDatabase(parsed.config);
     default:
@@ -51,7 +69,7 @@ async function main(): Promise<number> {
 
 function parse(args: readonly string[]): Arguments | string {
   const texts: Record<string, { type: "string" }> = {};
-  for (const flag of [...configFlags, "--name"]) texts[flag.slice(2)] = { type: "string" };
+  for (const flag of [...configFlags, ...Object.values(commandFlags).flat()]) texts[flag.slice(2)] = { type: "string" };
   const { values, positionals } = parseArgs({
     args: [...args],
     options: { ...texts, help: { type: "boolean", short: "h" }, version: { type: "boolean" } },
@@ -64,8 +82,11 @@ function parse(args: readonly string[]): Arguments | string {
   const flags: Record<string, string> = {};
   for (const [name, value] of Object.entries<unknown>(values))
     if (typeof value === "string") flags[`--${name}`] = value;
-  const config = loadConfig({ flags });
-  return { command: positionals[0] ?? "serve", name: flags["--name"], config };
+  const command = positionals[0] ?? "serve";
+  const own = new Set<string>(commandFlags[command] ?? []);
+  const foreign = Object.keys(flags).find((flag) => !own.has(flag) && !configFlags.includes(flag));
+  if (foreign !== undefined) throw new ConfigError([`${command} does not take ${foreign}: see --help`]);
+  return { command, flags, config: loadConfig({ flags }) };
 }
 
 /** Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once. */
@@ -90,21 +111,56 @@ async function serve(config: Config): Promise<number> {
   return code;
 }
 
-async function createOperator({ config, name }: Arguments): Promise<number> {
+async function createOperator({ config, flags }: Arguments): Promise<number> {
+  const name = checkName("create-operator", flags["--name"] ?? "operator");
   await withServices(config, async ({ database, identity }) => {
-    const operator = await database.system((tx) => identity.createOperator(tx, { name: name ?? "operator" }));
+    const operator = await database.system((tx) => identity.createOperator(tx, { name }));
     print({ operatorId: operator.operatorId, apiKey: operator.apiKey });
   });
   return 0;
 }
 
-async function createOrganization({ config, name }: Arguments): Promise<number> {
-  if (name === undefined) throw new ConfigError(["create-organization: --name is missing"]);
+async function createOrganization({ config, flags }: Arguments): Promise<number> {
+  const name = checkName("create-organization", flags["--name"]);
   await withServices(config, async ({ database, organizations }) => {
     const created = await database.system((tx) => organizations.create(tx, { name }));
     print({ organizationId: created.organizationId, apiKey: created.adminApiKey });
   });
   return 0;
+}
+
+async function revokeApiKey({ config, flags }: Arguments): Promise<number> {
+  const given = flags["--key-id"];
+  if (given === undefined) throw new ConfigError(["revoke-api-key: --key-id is missing"]);
+  const keyId = parseId("key", given);
+  // Not repeated: it may be the whole key.
+  if (keyId === undefined) {
+    throw new ConfigError(["revoke-api-key: --key-id must be key_ and 26 characters, as they stand in the key itself"]);
+  }
+  await withServices(config, async ({ database, identity }) => {
+    const revoked = await database.system((tx) => identity.revokeApiKey(tx, keyId));
+    if (revoked === undefined) throw new ConfigError([`revoke-api-key: there is no key ${keyId}`]);
+    const { organizationId, operatorId, name, revokeTime } = revoked;
+    print({
+      keyId,
+      name,
+      ...(organizationId === undefined ? {} : { organizationId }),
+      ...(operatorId === undefined ? {} : { operatorId }),
+      revokeTime: revokeTime.toISOString(),
+    });
+  });
+  return 0;
+}
+
+/** As long as the columns that hold it. */
+const maxNameCharacters = 128;
+
+function checkName(command: string, name: string | undefined): string {
+  if (name === undefined) throw new ConfigError([`${command}: --name is missing`]);
+  if (!new RegExp(`^.{1,${maxNameCharacters}}$`, "u").test(name)) {
+    throw new ConfigError([`${command}: --name must have 1 to ${maxNameCharacters} characters, in one line`]);
+  }
+  return name;
 }
 
 async function initDatabase(config: Config): Promise<number> {

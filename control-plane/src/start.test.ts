@@ -106,6 +106,29 @@ describe("the program", () => {
       assert.equal(await reasonOf(identity()), "CREDENTIALS_MISSING");
       assert.equal(await reasonOf(identity(typo)), "API_KEY_MALFORMED");
 
+      const keyId = /key_[0-9a-z]{26}/.exec(organization.apiKey)?.[0] ?? "";
+      const spare = JSON.parse((await run(["create-organization", "--data", folder, "--name", "Spare"])).stdout) as {
+        organizationId: string;
+        apiKey: string;
+      };
+      const spareId = /key_[0-9a-z]{26}/.exec(spare.apiKey)?.[0] ?? "";
+      assert.equal((await identity(spare.apiKey)).organizationId, spare.organizationId);
+      const revoke = (id: string) => run(["revoke-api-key", "--data", folder, "--key-id", id]);
+      const revoked = JSON.parse((await revoke(spareId)).stdout) as Record<string, string>;
+      assert.deepEqual(
+        [revoked["keyId"], revoked["organizationId"], revoked["name"]],
+        [spareId, spare.organizationId, "admin"],
+      );
+      assert.equal(await reasonOf(identity(spare.apiKey)), "API_KEY_INVALID");
+      assert.equal((await identity(organization.apiKey)).organizationId, organization.organizationId);
+      const unknown = keyId.replace(/.$/, (last) => (last === "0" ? "1" : "0"));
+      await assert.rejects(revoke(unknown), new RegExp(`there is no key ${unknown}\n`));
+      await assert.rejects(revoke(spare.apiKey), (error) => {
+        const { stderr } = error as { stderr: string };
+        assert.ok(!stderr.includes(spareId), "a key is not repeated");
+        return /--key-id must be key_/.test(stderr);
+      });
+
       const watch = (async () => {
         for await (const _message of createClient(InstanceService, customer).watchInstances({}));
       })();
@@ -180,6 +203,9 @@ describe("the program", () => {
     assert.match((await run(["--version"])).stdout, /^\d+\.\d+\.\d+/);
     await assert.rejects(run(["dance"]), /there is no command "dance"/);
     await assert.rejects(run(["--no-such-flag"]), /no-such-flag/);
+    await assert.rejects(run(["serve", "--name", "x"]), /serve does not take --name/);
+    await assert.rejects(run(["create-organization", "--name", ""]), /--name must have 1 to 128 characters/);
+    await assert.rejects(run(["revoke-api-key"]), /--key-id is missing/);
   });
 });
 

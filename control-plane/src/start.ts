@@ -248,7 +248,7 @@ async function startPublic(
   nodeListener: NodeListener,
   stack: AsyncDisposableStack,
 ): Promise<PublicListener> {
-  const { log, metrics, health } = base;
+  const { log, metrics } = base;
   const { organizations } = domain;
   const validator = new RequestValidator();
   validator.warmUp(publicServices.flatMap(({ methods }) => methods));
@@ -270,8 +270,9 @@ async function startPublic(
     log,
   });
   stack.defer(() => publicListener.close(0));
-  stack.use(keepCertificateFresh({ first, obtain, use: (next) => publicListener.setCertificate(next), log }));
-  log.info({ port: publicListener.port, serving: health.isServing }, "the public listener listens");
+  const use = (next: FreshCertificate): void => publicListener.setCertificate(next);
+  stack.use(keepCertificateFresh({ listener: "public", first, obtain, use, log }));
+  log.info({ port: publicListener.port }, "the public listener serves");
   return publicListener;
 }
 

@@ -110,7 +110,7 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
       while ((await deps.database.system((tx) => deps.nodes.expireLeases(tx))).length > 0);
     },
   });
-  const certificates = keepCertificateFresh({ first, obtain, use, log });
+  const certificates = keepCertificateFresh({ listener: "node", first, obtain, use, log });
   const endpoint = `${bracketed(config.publicNames[0] ?? config.host)}:${port}`;
   log.info({ endpoint }, "the node listener serves");
 

@@ -127,8 +127,7 @@ export class SessionClaims {
     if (inventory === undefined) throw new Error("the schema requires an inventory");
     const secret = randomBytes(secretBytes);
     const sessionId = randomUUID();
-    await this.#options.nodes.recordHello(tx, nodeId, { ...hello, inventory });
-    await this.#options.nodes.certificateUsed(tx, peer.certificateSerial);
+    // In the order of locks that everybody keeps: session, instances, node.
     await replaceSession(tx, {
       nodeId,
       sessionId,
@@ -141,6 +140,8 @@ export class SessionClaims {
     const bootChanged = standing?.reconciledBootId !== undefined && standing.reconciledBootId !== hello.bootId;
     const committed = acknowledgedSequence >= hello.journalSequence;
     if (committed) await reconcileContainers(tx, this.#options.instances, nodeId, hello, bootChanged);
+    await this.#options.nodes.recordHello(tx, nodeId, { ...hello, inventory });
+    await this.#options.nodes.certificateUsed(tx, peer.certificateSerial);
     tx.afterCommit(() => this.#hint(nodeId));
     return {
       kind: "welcome",
@@ -191,8 +192,8 @@ export class SessionClaims {
       const [standing] = await readSessions(tx, [nodeId]);
       if (claimant.ended.aborted) return false;
       if (standing?.sessionId !== answeringSessionId || standing.endTime !== undefined) return false;
-      await this.#options.nodes.quarantine(tx, nodeId, "two processes used the node's identity at the same time");
       await endAnySession(tx, nodeId, this.#options.clock());
+      await this.#options.nodes.quarantine(tx, nodeId, "two processes used the node's identity at the same time");
       await this.#options.nodes.recordDisconnect(tx, nodeId);
       tx.afterCommit(() => this.#hint(nodeId));
       return true;

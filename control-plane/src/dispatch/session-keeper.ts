@@ -213,11 +213,12 @@ export class SessionKeeper implements AsyncDisposable {
     const pending = session.reconcileAfter;
     if (pending === undefined || nowMs - session.beganAtMs < leaseMs || !isLive(session)) return;
     // The agent does not send what its journal holds (it lost it). What it said in Hello is all that there is.
-    session.reconcileAfter = undefined;
     log.warn({ nodeId: session.nodeId }, "a node did not send its journal: its containers are taken as Hello said");
     await database.system((tx) =>
       reconcileContainers(tx, instances, session.nodeId, session.hello, pending.bootChanged),
     );
+    // After the commit: had it failed, the next pass would have to do it.
+    session.reconcileAfter = undefined;
     this.hint(session.nodeId);
   }
 

@@ -186,6 +186,7 @@ export class TestFleet implements AsyncDisposable {
       requestId: "test",
       address: "127.0.0.1",
       method: undefined,
+      isStream: true,
       code: undefined,
       caller: {
         kind: "customer",

@@ -23,6 +23,15 @@ export type IdentityOptions = { readonly issuers: readonly JwtIssuer[]; readonly
 /** A key that was made. The text is nowhere else. */
 export type CreatedApiKey = { readonly id: ApiKeyId; readonly apiKey: string };
 
+/** A key that is revoked, and whose it was: an organization's or an operator's. */
+export type RevokedApiKey = {
+  readonly organizationId: OrganizationId | undefined;
+  readonly operatorId: OperatorId | undefined;
+  readonly name: string;
+  /** Of the first time. */
+  readonly revokeTime: Date;
+};
+
 /** How a person is known: to whom a token says it belongs. */
 export type UserName = { readonly issuer: string; readonly subject: string };
 
@@ -120,9 +129,17 @@ export class IdentityService {
     return { ...key, operatorId };
   }
 
-  /** Revokes a key, at once and for good. @returns whether there is one by this id. */
-  revokeApiKey(tx: SystemTx, id: ApiKeyId): Promise<boolean> {
-    return store.revokeApiKey(tx, id);
+  /** Revokes a key, at once and for good. Undefined: there is none by this id. */
+  async revokeApiKey(tx: SystemTx, id: ApiKeyId): Promise<RevokedApiKey | undefined> {
+    const row = await store.revokeApiKey(tx, id);
+    if (row === undefined) return undefined;
+    const { name, revoke_time: revokeTime } = row;
+    return {
+      organizationId: row.organization_id ?? undefined,
+      operatorId: row.operator_id ?? undefined,
+      name,
+      revokeTime,
+    };
   }
 
   /** Takes an operator's access away, with all keys. @returns whether there is one by this id. */

@@ -63,12 +63,22 @@ export async function insertApiKey(
   );
 }
 
-/** Revokes a key. @returns whether there is one by this id. */
-export async function revokeApiKey(tx: SystemTx, id: ApiKeyId): Promise<boolean> {
-  const changed = await tx.execute("update api_keys set revoke_time = coalesce(revoke_time, now()) where id = $1", [
-    id,
-  ]);
-  return changed > 0;
+/** A key that is revoked. */
+export type RevokedApiKeyRow = {
+  readonly organization_id: OrganizationId | null;
+  readonly operator_id: OperatorId | null;
+  readonly name: string;
+  readonly revoke_time: Date;
+};
+
+/** Revokes a key; one that was revoked before keeps its time. Undefined: there is none by this id. */
+export async function revokeApiKey(tx: SystemTx, id: ApiKeyId): Promise<RevokedApiKeyRow | undefined> {
+  const [row] = await tx.query<RevokedApiKeyRow>(
+    `update api_keys set revoke_time = coalesce(revoke_time, now()) where id = $1
+     returning organization_id, operator_id, name, revoke_time`,
+    [id],
+  );
+  return row;
 }
 
 /** Adds a platform operator. */

@@ -98,13 +98,11 @@ function readingHandlers(options: InstanceHandlersOptions): Omit<InstanceHandler
       const hash = filterHash(["instances", hashable(filter)]);
       const [before] = decodePageToken(request.pageToken, hash) ?? [];
       const size = pageSizeOf(request.pageSize);
-      // One more than the page tells whether there is a next one.
-      const found = await database.tenant(organizationId, (tx) => instances.list(tx, filter, before, size + 1));
-      const page = found.slice(0, size);
-      const last = page.at(-1);
+      const page = await database.tenant(organizationId, (tx) => instances.list(tx, filter, before, size));
+      const last = page.instances.at(-1);
       return create(ListInstancesResponseSchema, {
-        instances: page.map(toInstanceMessage),
-        nextPageToken: found.length > size && last !== undefined ? encodePageToken(hash, [last.id]) : "",
+        instances: page.instances.map(toInstanceMessage),
+        nextPageToken: page.more && last !== undefined ? encodePageToken(hash, [last.id]) : "",
       });
     },
     async listInstanceEvents(request, context) {

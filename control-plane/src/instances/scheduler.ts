@@ -23,7 +23,7 @@ import type { Wakeups } from "../platform/wakeups.ts";
 import type { Outcome } from "./attempts.ts";
 import type { Instance } from "./model.ts";
 import { Recorder } from "./recorder.ts";
-import { placementRequestOf } from "./spec.ts";
+import { forPlacement, placementRequestOf } from "./spec.ts";
 import {
   lockInstance,
   lockInstances,
@@ -298,7 +298,7 @@ async function readPending(tx: SystemTx): Promise<Instance[]> {
     const last = pending.at(-1);
     const after = last?.status.state === "PENDING" ? { queueTime: last.status.queueTime, id: last.id } : undefined;
     page = await selectPending(tx, after, pendingPage);
-    pending.push(...page);
+    pending.push(...page.map((instance) => ({ ...instance, spec: forPlacement(instance.spec) })));
   } while (page.length === pendingPage && pending.length < maxPendingPerPass);
   return pending;
 }

@@ -14,7 +14,7 @@ import { type InstanceId, newId, type NodeId, type OrganizationId, parseId } fro
 import type { NodesService } from "../nodes/service.ts";
 import type { Clock } from "../platform/clock.ts";
 import type { SystemTx, TenantTx } from "../platform/database.ts";
-import { DomainError } from "../platform/errors.ts";
+import { DomainError, quotaExceeded } from "../platform/errors.ts";
 import { type CommandOutcome, placementTimeoutMs } from "./attempts.ts";
 import { remove, restart, start, stop } from "./commands.ts";
 import type { Instance, State } from "./model.ts";
@@ -23,6 +23,7 @@ import { acceptSpec } from "./spec.ts";
 import {
   countPending,
   type InstanceFilter,
+  type InstancePage,
   lockInstance,
   lockInstances,
   selectDesired,
@@ -31,6 +32,7 @@ import {
   selectInstances,
   selectOwners,
   selectRunning,
+  sumSpecBytes,
 } from "./store.ts";
 import { applyReport, loseContainer } from "./transitions.ts";
 import { type Actor, type InstanceEvent, toAttemptReport, toDesiredInstance } from "./wire.ts";
@@ -72,6 +74,12 @@ const maxInstancesPerNode = 4096;
 /** The scheduler looks at so many thousand waiting instances: no organization is to fill its view alone. */
 const maxPendingPerOrganization = 1_000;
 
+/**
+ * Desired sets and the scheduler read specifications whole, and one can have 1 MiB. A usual one has less than 1 KiB,
+ * so this is room for 60,000 instances.
+ */
+const maxSpecBytesPerOrganization = 64 * 1024 * 1024;
+
 /** Instances of all organizations. */
 export class InstancesService {
   readonly #options: InstancesOptions;
@@ -90,6 +98,7 @@ export class InstancesService {
   async create(tx: TenantTx, given: InstanceSpec, callerId: string): Promise<Instance> {
     const spec = acceptSpec(given, this.#options.imageAllowlist);
     await checkQueue(tx);
+    await checkSpecBytes(tx);
     const now = this.#options.clock();
     const deadline = new Date(now.getTime() + placementTimeoutMs({ spec }));
     const instance: Instance = {
@@ -125,7 +134,7 @@ export class InstancesService {
   }
 
   /** A page of instances, the newest first, before an id. */
-  list(tx: TenantTx, filter: InstanceFilter, beforeId: string | undefined, limit: number): Promise<Instance[]> {
+  list(tx: TenantTx, filter: InstanceFilter, beforeId: string | undefined, limit: number): Promise<InstancePage> {
     return selectInstances(tx, filter, beforeId, limit);
   }
 
@@ -270,9 +279,15 @@ function decide(command: Command, instance: Instance, now: Date): CommandOutcome
 /** @throws DomainError QUOTA_EXCEEDED where the organization has its share of the queue. */
 async function checkQueue(tx: TenantTx): Promise<void> {
   if ((await countPending(tx)) < maxPendingPerOrganization) return;
-  const limit = String(maxPendingPerOrganization);
-  const message = `at most ${limit} instances of an organization wait for capacity at a time`;
-  throw new DomainError(ErrorReason.QUOTA_EXCEEDED, message, { metadata: { quota: "pending_instances", limit } });
+  const what = "instances of an organization wait for capacity at a time";
+  throw quotaExceeded(tx.organizationId, "pending_instances", maxPendingPerOrganization, what);
+}
+
+/** @throws DomainError QUOTA_EXCEEDED where the organization's specifications take their share of memory. */
+async function checkSpecBytes(tx: TenantTx): Promise<void> {
+  if ((await sumSpecBytes(tx)) < maxSpecBytesPerOrganization) return;
+  const what = "bytes of specifications of an organization's instances are kept: delete some that are not needed";
+  throw quotaExceeded(tx.organizationId, "specification_bytes", maxSpecBytesPerOrganization, what);
 }
 
 /** The same for what is nowhere and for what is another organization's. */

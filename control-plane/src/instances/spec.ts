@@ -49,6 +49,11 @@ export function acceptSpec(given: InstanceSpec, imageAllowlist: readonly string[
   return spec;
 }
 
+/** A specification without what placement does not look at: of 10,000 that wait it would be gigabytes. */
+export function forPlacement(spec: InstanceSpec): InstanceSpec {
+  return { ...spec, command: [], args: [], env: {} };
+}
+
 /** What an instance asks of placement. */
 export function placementRequestOf(instance: Pick<Instance, "spec" | "place">): PlacementRequest {
   const { gpu, cpuMillis, memoryMib, location } = instance.spec;

@@ -148,25 +148,44 @@ export async function lockInstances(tx: SystemTx, ids: readonly InstanceId[]): P
   return rows.map(fromRow);
 }
 
-/** A page, the newest first, before an id. */
+/** A page of instances. */
+export type InstancePage = {
+  readonly instances: readonly Instance[];
+  /** Whether there are more after it. */
+  readonly more: boolean;
+};
+
+/** A page has no further instance after so many bytes of specifications, each of which can have 1 MiB. */
+const maxPageBytes = 4 * 1024 * 1024;
+
+/** A page, the newest first, before an id. It can have fewer than asked for, and yet more can follow. */
 export async function selectInstances(
   tx: TenantTx,
   filter: InstanceFilter,
   beforeId: string | undefined,
   limit: number,
-): Promise<Instance[]> {
+): Promise<InstancePage> {
   const { country, region, datacenter } = filter.location;
-  const rows = await tx.query<InstanceRow>(
-    `select ${instanceColumns} from instances
-     where organization_id = $1
-       and ($2::text is null or id < $2)
-       and (cardinality($3::text[]) = 0 or state = any ($3))
-       and (state <> 'DELETED' or $4 or 'DELETED' = any ($3))
-       and labels @> $5
-       and ($6 = '' or gpu_model = $6)
-       and ($7::text is null or country = $7)
-       and ($8::text is null or region = $8)
-       and ($9::text is null or datacenter = $9)
+  const rows = await tx.query<InstanceRow & { readonly candidates: bigint }>(
+    `select ${instanceColumns}, candidates from (
+       select candidate.*, count(*) over () as candidates, sum(octet_length(spec)) over (
+         order by id desc rows between unbounded preceding and 1 preceding
+       ) as bytes_before
+       from (
+         select ${instanceColumns} from instances
+         where organization_id = $1
+           and ($2::text is null or id < $2)
+           and (cardinality($3::text[]) = 0 or state = any ($3))
+           and (state <> 'DELETED' or $4 or 'DELETED' = any ($3))
+           and labels @> $5
+           and ($6 = '' or gpu_model = $6)
+           and ($7::text is null or country = $7)
+           and ($8::text is null or region = $8)
+           and ($9::text is null or datacenter = $9)
+         order by id desc limit $10::bigint + 1
+       ) as candidate
+     ) as counted
+     where coalesce(bytes_before, 0) < $11
      order by id desc limit $10`,
     [
       tx.organizationId,
@@ -179,9 +198,10 @@ export async function selectInstances(
       region ?? null,
       datacenter ?? null,
       limit,
+      maxPageBytes,
     ],
   );
-  return rows.map(fromRow);
+  return { instances: rows.map(fromRow), more: Number(rows[0]?.candidates ?? 0n) > rows.length };
 }
 
 /** A page of an instance's events, the oldest first. */
@@ -238,6 +258,16 @@ export async function countPending(tx: TenantTx): Promise<number> {
     [tx.organizationId],
   );
   return Number(row?.count ?? 0n);
+}
+
+/** How many bytes the specifications of the organization's instances take that are not deleted. */
+export async function sumSpecBytes(tx: TenantTx): Promise<number> {
+  const [row] = await tx.query<{ bytes: bigint }>(
+    `select coalesce(sum(octet_length(spec)), 0)::bigint as bytes from instances
+     where organization_id = $1 and state <> 'DELETED'`,
+    [tx.organizationId],
+  );
+  return Number(row?.bytes ?? 0n);
 }
 
 /** Instances that waited for too long. */

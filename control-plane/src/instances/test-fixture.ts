@@ -21,6 +21,7 @@ import { startTestDatabase, type TestDatabase } from "../platform/test-database.
 import type { Caller, CustomerCaller } from "../rpc/caller.ts";
 import { createRequestValues } from "../rpc/context.ts";
 import { createInterceptors } from "../rpc/interceptors.ts";
+import { createMetrics } from "../rpc/metrics.ts";
 import { RateLimiter } from "../rpc/rate-limit.ts";
 import { RequestValidator } from "../rpc/validation.ts";
 import { instanceHandlers } from "./handlers.ts";
@@ -100,7 +101,14 @@ async function createNodes({ database, wakeups, log }: TestDatabase, clock: Cloc
 
 function identify(caller: Caller): Interceptor {
   const values = () =>
-    createRequestValues({ requestId: "test", address: "127.0.0.1", caller, method: undefined, code: undefined });
+    createRequestValues({
+      requestId: "test",
+      address: "127.0.0.1",
+      caller,
+      method: undefined,
+      isStream: false,
+      code: undefined,
+    });
   return (next) => (request) => next({ ...request, contextValues: values() });
 }
 
@@ -114,6 +122,7 @@ function interceptors(db: TestDatabase, shutdownSignal: AbortSignal, validator: 
     validator,
     shutdownSignal,
     recheckMs: 60_000,
+    metrics: createMetrics(),
     log: db.log,
   });
 }

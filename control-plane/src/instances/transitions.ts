@@ -54,6 +54,8 @@ export function schedule(instance: Instance, placement: Placement): Outcome {
       reachable: true,
     },
     gpus: placement.gpus.map(({ uuid, model, memoryMib, simulated }) => ({ uuid, model, memoryMib, simulated })),
+    // The row may have the last attempt's: a customer's start may not write what a node's kernel applied.
+    isolation: undefined,
   });
 }
 

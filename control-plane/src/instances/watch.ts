@@ -12,7 +12,7 @@ import { isInLocation } from "../placement/service.ts";
 import { currentCursor, readChanges } from "../platform/changes.ts";
 import type { Clock } from "../platform/clock.ts";
 import type { Database, TenantTx } from "../platform/database.ts";
-import { DomainError } from "../platform/errors.ts";
+import { DomainError, quotaExceeded } from "../platform/errors.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
 import type { InstancesService } from "./service.ts";
 import type { InstanceFilter } from "./store.ts";
@@ -67,9 +67,8 @@ export class Watches {
     const { organizationId } = request;
     const open = this.#open.get(organizationId) ?? 0;
     if (open >= maxWatchesPerOrganization) {
-      const limit = String(maxWatchesPerOrganization);
-      const message = `at most ${limit} watches of an organization at a time`;
-      throw new DomainError(ErrorReason.QUOTA_EXCEEDED, message, { metadata: { quota: "watches", limit } });
+      const what = "watches of an organization are open at a time";
+      throw quotaExceeded(organizationId, "watches", maxWatchesPerOrganization, what);
     }
     this.#open.set(organizationId, open + 1);
     try {
@@ -145,22 +144,25 @@ class Watch {
         page:
           instanceId === ""
             ? await instances.list(tx, filter, undefined, batchSize)
-            : [await instances.get(tx, instanceId)],
+            : { instances: [await instances.get(tx, instanceId)], more: false },
       }),
       { isolation: "repeatable read" },
     );
-    if (first.page.length < batchSize) {
-      for (const instance of first.page) yield response({ case: "snapshot", value: toInstanceMessage(instance) }, "");
+    if (!first.page.more) {
+      for (const instance of first.page.instances) {
+        yield response({ case: "snapshot", value: toInstanceMessage(instance) }, "");
+      }
       return first.cursor;
     }
     // Later pages are newer than the position: what happened meanwhile is sent before the bookmark, once.
     const versions = new Map<string, bigint>();
-    for (let page = first.page; page.length > 0;) {
-      for (const instance of page) {
+    for (let { page } = first; ;) {
+      for (const instance of page.instances) {
         versions.set(instance.id, instance.version);
         yield response({ case: "snapshot", value: toInstanceMessage(instance) }, "");
       }
-      const last = page.at(-1)?.id;
+      if (!page.more) break;
+      const last = page.instances.at(-1)?.id;
       page = await this.#tenant((tx) => instances.list(tx, filter, last, batchSize));
     }
     return yield* this.#catchUp(first.cursor, versions);

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { formatApiKey, parseApiKey } from "@clodei/proto/api-key";
+import { decodeJwt } from "jose";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { Role } from "@clodei/proto/gen/clodei/options/v1/options";
 import { newId, type OrganizationId, type UserId } from "@clodei/proto/ids";
@@ -104,9 +105,11 @@ describe("API keys", () => {
       callers.identity.createApiKey(tx, { organizationId, name: "short", roles: ["member"] }),
     );
     assert.ok(await authenticate(apiKey));
-    assert.equal(await system((tx) => callers.identity.revokeApiKey(tx, id)), true);
+    const revoked = await system((tx) => callers.identity.revokeApiKey(tx, id));
+    assert.ok(revoked?.organizationId !== undefined && revoked.operatorId === undefined);
+    assert.deepEqual(await system((tx) => callers.identity.revokeApiKey(tx, id)), revoked, "for good, and once");
     await assert.rejects(authenticate(apiKey), refused(ErrorReason.API_KEY_INVALID, apiKey));
-    assert.equal(await system((tx) => callers.identity.revokeApiKey(tx, newId("key"))), false);
+    assert.equal(await system((tx) => callers.identity.revokeApiKey(tx, newId("key"))), undefined);
   });
 
   test("do not act for an organization that they are not of, whether or not there is one", async () => {
@@ -130,6 +133,12 @@ describe("API keys", () => {
   });
 });
 
+/** When a token is refused: its end, and what clocks may differ by. */
+function tokenEndOf(token: string): Date {
+  const { exp = 0 } = decodeJwt(token);
+  return new Date((exp + 30) * 1000);
+}
+
 describe("platform operators", () => {
   test("have keys of their own, which belong to no organization, and lose them at once", async () => {
     const { operatorId, id, apiKey } = await system((tx) =>
@@ -145,7 +154,13 @@ describe("platform operators", () => {
     const { operatorId } = await system((tx) => callers.identity.createOperator(tx, { name: "Person", user }));
     const { organizationId } = await system((tx) => callers.organizations.create(tx, { name: "Own", member: user }));
     const token = await callers.issuer.token({ sub: "operator" });
-    assert.deepEqual(await authenticate(token), { kind: "platform", callerId: operatorId, credential: "token" });
+    const tokenExpireTime = tokenEndOf(token);
+    assert.deepEqual(await authenticate(token), {
+      kind: "platform",
+      callerId: operatorId,
+      credential: "token",
+      tokenExpireTime,
+    });
     assert.equal((await authenticate(token, organizationId)).kind, "customer");
     await system((tx) => callers.identity.disableOperator(tx, operatorId));
     assert.equal((await authenticate(token)).kind, "customer", "a member, and nothing more");
@@ -198,6 +213,7 @@ describe("tokens", () => {
       credential: "token",
       roles: new Set([Role.VIEWER, Role.MANAGER]),
       emailVerified: true,
+      tokenExpireTime: tokenEndOf(token),
     });
     await join("member", two.organizationId);
     await assert.rejects(authenticate(token), (error) => {

@@ -37,8 +37,6 @@ const maxListedOrganizations = 100;
 /** Organizations and their members. */
 export class OrganizationsService {
   readonly #options: OrganizationsOptions;
-  /** When the token ends by which a caller was admitted. A caller that nobody holds any more is forgotten. */
-  readonly #tokenEnds = new WeakMap<Caller, Date>();
 
   constructor(options: OrganizationsOptions) {
     this.#options = options;
@@ -68,9 +66,9 @@ export class OrganizationsService {
    * its key was revoked, its token ended, or its user, operator, membership or one of its roles is gone.
    */
   readonly stillHolds = async (caller: Caller): Promise<boolean> => {
-    const tokenEnd = this.#tokenEnds.get(caller);
-    if (tokenEnd !== undefined && tokenEnd <= this.#options.clock()) return false;
-    const { database } = this.#options;
+    const { database, clock } = this.#options;
+    const tokenEnd = "tokenExpireTime" in caller ? caller.tokenExpireTime : undefined;
+    if (tokenEnd !== undefined && tokenEnd <= clock()) return false;
     switch (caller.kind) {
       case "anonymous":
         return true;
@@ -143,15 +141,16 @@ export class OrganizationsService {
     const { database, identity } = this.#options;
     // Before the database: the issuer may have to be asked, which has no place in a transaction.
     const verified = await identity.verifyToken(token);
-    const caller = await database.anonymous(async (tx): Promise<Caller> => {
+    const { expireTime: tokenExpireTime } = verified;
+    return database.anonymous(async (tx): Promise<Caller> => {
       const user = await identity.authenticateUser(tx, verified);
       // Operators act for the platform, unless they name an organization that they are a member of.
       if (organization === "" && user.operatorId !== undefined) {
-        return { kind: "platform", callerId: user.operatorId, credential: "token" };
+        return { kind: "platform", callerId: user.operatorId, credential: "token", tokenExpireTime };
       }
       const membership = await this.#membership(tx, user.userId, organization);
       if (membership === undefined) {
-        return { kind: "user", callerId: user.userId, emailVerified: user.emailVerified };
+        return { kind: "user", callerId: user.userId, emailVerified: user.emailVerified, tokenExpireTime };
       }
       return {
         kind: "customer",
@@ -159,10 +158,9 @@ export class OrganizationsService {
         callerId: user.userId,
         credential: "token",
         emailVerified: user.emailVerified,
+        tokenExpireTime,
       };
     });
-    this.#tokenEnds.set(caller, verified.expireTime);
-    return caller;
   }
 
   async #membership(tx: Tx, userId: UserId, organization: string): Promise<Membership | undefined> {

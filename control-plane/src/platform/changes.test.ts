@@ -50,6 +50,21 @@ describe("the change feed", () => {
     return { seen, cursor };
   };
 
+  test("a batch of large objects ends early, and the next one goes on where it ended", async () => {
+    const organizationId = newId("org");
+    const cursor = await start(organizationId);
+    const texts5 = ["1", "2", "3", "4", "5"].map((text) => text.repeat(400 * 1024));
+    for (const text of texts5) await write(organizationId, "a", text);
+    const first = await read(organizationId, cursor);
+    assert.deepEqual([first.changes.length, first.more], [3, true]);
+    assert.deepEqual((await drain(organizationId, cursor, 100)).seen, texts5);
+    // One that is larger than a batch comes alone.
+    await write(organizationId, "b", "6".repeat(2 * 1024 * 1024));
+    await write(organizationId, "b", "7");
+    const large = await read(organizationId, (await drain(organizationId, cursor, 100)).cursor);
+    assert.deepEqual([large.changes.length, large.more], [0, false], "all of it was read");
+  });
+
   test("an older transaction that commits after a newer one was seen is not skipped", async () => {
     const organizationId = newId("org");
     const cursor = await start(organizationId);

@@ -46,8 +46,9 @@ export const changeRetentionMs = 24 * 60 * 60 * 1_000;
 export const maxChangesPerFeed = 100_000;
 /** A statement must end well before its time is over. */
 const maxPrunedAtOnce = 20_000;
-/** The most that one read returns. */
+/** The most that one read returns: so many changes, and no further one after so many bytes. */
 const maxBatch = 1_000;
+const maxBatchBytes = 1024 * 1024;
 
 const cursorVersion = 1;
 const maxCursorLength = 4_096;
@@ -107,7 +108,8 @@ export async function readChanges(
     cursor: encodeCursor({ ...position, to, revision: row.revision }),
   }));
   const last = changes.at(-1);
-  if (found.length > wanted && last !== undefined) return { changes, cursor: last.cursor, more: true };
+  if (Number(first.candidates ?? 0n) > changes.length && last !== undefined)
+    return { changes, cursor: last.cursor, more: true };
   // The batch reaches up to its snapshot. If that was an earlier call's, newer changes may stand behind it.
   const end = encodeCursor({ databaseId: position.databaseId, from: to, to: undefined, revision: 0n });
   return { changes, cursor: end, more: position.to !== undefined };
@@ -168,6 +170,8 @@ type ChangeRow = {
   readonly database_id: string;
   readonly snapshot: string;
   readonly expired: boolean;
+  /** How many changes there were to read, at most one more than were asked for. */
+  readonly candidates: bigint | null;
   readonly revision: bigint | null;
   readonly subject_id: string;
   readonly payload: Buffer;
@@ -183,22 +187,39 @@ async function queryChanges(
   return tx.query<ChangeRow>(
     `select identity.id as database_id, pg_current_snapshot()::text as snapshot,
       coalesce(horizon.pruned_xid >= pg_snapshot_xmin($3::pg_snapshot), false) as expired,
-      change.revision, change.subject_id, change.payload, change.create_time
+      change.candidates, change.revision, change.subject_id, change.payload, change.create_time
     from database_identity as identity
     left join change_horizons as horizon on horizon.kind = $1 and horizon.organization_id = $2
     left join lateral (
-      select revision, subject_id, payload, create_time from changes
-      where kind = $1 and organization_id = $2
-        -- The index finds the candidates, the snapshots decide.
-        and xid >= pg_snapshot_xmin($3::pg_snapshot)
-        and not pg_visible_in_snapshot(xid, $3::pg_snapshot)
-        and ($4::pg_snapshot is null or pg_visible_in_snapshot(xid, $4::pg_snapshot))
-        and revision > $5
-      order by revision
-      limit $6
+      select * from (
+        select candidate.*, count(*) over () as candidates, sum(octet_length(payload)) over (
+          order by revision rows between unbounded preceding and 1 preceding
+        ) as bytes_before
+        from (
+          select revision, subject_id, payload, create_time from changes
+          where kind = $1 and organization_id = $2
+            -- The index finds the candidates, the snapshots decide.
+            and xid >= pg_snapshot_xmin($3::pg_snapshot)
+            and not pg_visible_in_snapshot(xid, $3::pg_snapshot)
+            and ($4::pg_snapshot is null or pg_visible_in_snapshot(xid, $4::pg_snapshot))
+            and revision > $5
+          order by revision
+          limit $6
+        ) as candidate
+      ) as counted
+      -- A customer's objects can be megabytes each: the first always comes, and then only as many as are small.
+      where coalesce(bytes_before, 0) < $7
     ) as change on true
     order by change.revision`,
-    [query.kind, query.organizationId, position.from, position.to ?? null, position.revision, query.limit],
+    [
+      query.kind,
+      query.organizationId,
+      position.from,
+      position.to ?? null,
+      position.revision,
+      query.limit,
+      maxBatchBytes,
+    ],
   );
 }
 

@@ -1,7 +1,14 @@
 import assert from "node:assert/strict";
+import { once } from "node:events";
+import { mkdtemp, rm } from "node:fs/promises";
+import { connect, createServer, type Socket } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { newId, type OrganizationId } from "@clodei/proto/ids";
 import pg from "pg";
+import { Database } from "./database.ts";
 import { DomainError } from "./errors.ts";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { checkLogin, LoginError } from "./logins.ts";
@@ -200,6 +207,36 @@ describe("the database", () => {
     } finally {
       release.resolve();
       await Promise.all(busy);
+    }
+  });
+
+  test("a connection that went dead without a word is given up, and health comes back with the next one", async () => {
+    const { host = "", port = 5432 } = db.server.app;
+    const folder = await mkdtemp(join(tmpdir(), "clodei-dead-"));
+    const sockets = new Set<Socket>();
+    const proxy = createServer((near) => {
+      const far = connect(join(host, `.s.PGSQL.${port}`));
+      for (const socket of [near, far]) {
+        sockets.add(socket);
+        socket.on("error", () => undefined);
+      }
+      near.pipe(far).pipe(near);
+    });
+    await once(proxy.listen(join(folder, `.s.PGSQL.${port}`)), "listening");
+    const login = (connection: pg.ClientConfig): pg.ClientConfig => ({ ...connection, host: folder });
+    const database = new Database({ app: login(db.server.app), system: login(db.server.system), log: db.log });
+    try {
+      assert.equal(await database.isHealthy(), true);
+      // As a network that drops packets: nothing arrives, and nobody is told.
+      for (const socket of sockets) socket.unpipe().pause();
+      assert.equal(await database.isHealthy(500), false);
+      await sleep(2_000);
+      assert.equal(await database.isHealthy(), true);
+    } finally {
+      for (const socket of sockets) socket.destroy();
+      await database.close();
+      proxy.close();
+      await rm(folder, { recursive: true });
     }
   });
 

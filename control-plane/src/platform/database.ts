@@ -40,6 +40,13 @@ const statementTimeoutMs = 15_000;
 /** A transaction that idles this long has lost its process's attention; it holds locks that others wait for. */
 const idleInTransactionTimeoutMs = 15_000;
 const connectTimeoutMs = 5_000;
+/**
+ * Longer than the server lets a statement run: only a connection that went dead without a word takes it. Without it
+ * a failover would hold requests, and their connections, until TCP gives up after a quarter of an hour.
+ */
+const queryTimeoutMs = statementTimeoutMs + 5_000;
+/** A question of health that takes longer is answered by no. */
+const healthTimeoutMs = 2_000;
 const idleConnectionMs = 60_000;
 const maxAttempts = 4;
 const retryDelayMs = 10;
@@ -80,10 +87,10 @@ export class Database implements AsyncDisposable {
   constructor(options: DatabaseOptions) {
     this.#log = options.log;
     const max = options.maxConnectionsPerPool ?? 10;
-    this.#app = this.#createPool({ ...options.app, application_name: "clodei-app" }, max);
-    this.#system = this.#createPool({ ...options.system, application_name: "clodei-system" }, max);
+    this.#app = this.#createPool({ ...options.app, application_name: "clodei-app" }, max, queryTimeoutMs);
+    this.#system = this.#createPool({ ...options.system, application_name: "clodei-system" }, max, queryTimeoutMs);
     this.#probes = [options.app, options.system].map((login) =>
-      this.#createPool({ ...login, application_name: "clodei-health" }, 1),
+      this.#createPool({ ...login, application_name: "clodei-health" }, 1, healthTimeoutMs),
     );
   }
 
@@ -110,7 +117,7 @@ export class Database implements AsyncDisposable {
   }
 
   /** Whether both logins get an answer within the time given. */
-  async isHealthy(timeoutMs = 2_000): Promise<boolean> {
+  async isHealthy(timeoutMs = healthTimeoutMs): Promise<boolean> {
     const ask = async (pool: pg.Pool): Promise<boolean> => {
       const result = await pool.query("select 1");
       return result.rowCount === 1;
@@ -142,12 +149,13 @@ export class Database implements AsyncDisposable {
     await this.close();
   }
 
-  #createPool(connection: pg.ClientConfig, max: number): pg.Pool {
+  #createPool(connection: pg.ClientConfig, max: number, answerTimeoutMs: number): pg.Pool {
     const pool = new pg.Pool({
       ...connection,
       max,
       types: typeParsers,
       connectionTimeoutMillis: connectTimeoutMs,
+      query_timeout: answerTimeoutMs,
       idleTimeoutMillis: idleConnectionMs,
       keepAlive: true,
     });
@@ -201,6 +209,7 @@ export class Database implements AsyncDisposable {
       // A transaction that failed within answers "commit" with ROLLBACK; its error must have been swallowed.
       if (committed.command !== "COMMIT") throw new Error("the transaction was rolled back by a swallowed error");
     } catch (error) {
+      if (isReadTimeout(error)) broken = error;
       if (broken === undefined) {
         await client.query("rollback").catch((reason: unknown) => {
           broken = reason instanceof Error ? reason : new Error(String(reason));
@@ -243,6 +252,11 @@ export function sqlStateOf(error: unknown): string | undefined {
 export function constraintOf(error: unknown): string | undefined {
   if (!(error instanceof Error) || !("constraint" in error)) return undefined;
   return typeof error.constraint === "string" ? error.constraint : undefined;
+}
+
+/** The driver gave up on an answer. What is asked next on the connection would wait behind it. */
+function isReadTimeout(error: unknown): error is Error {
+  return error instanceof Error && error.message === "Query read timeout";
 }
 
 function isRetryable(error: unknown): boolean {

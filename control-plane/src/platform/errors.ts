@@ -1,7 +1,8 @@
 // One error type for everything that a caller may be told, free of any transport: services throw it with a
 // stable reason, and rpc/errors.ts alone turns reasons into status codes. Every other error is ours, and its
 // text stays in the log.
-import type { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
+import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
+import type { OrganizationId } from "@clodei/proto/ids";
 
 /** A field of a request that breaks a rule. */
 export type FieldViolation = {
@@ -16,6 +17,8 @@ export type FieldViolation = {
 /** What a DomainError can carry beside its reason. */
 export type DomainErrorOptions = {
   readonly fields?: readonly FieldViolation[];
+  /** With QUOTA_EXCEEDED: whose limit is reached, "organization:org_…". The message says which. */
+  readonly quotaSubject?: string;
   /** How long to wait before a retry can help. Absent: a retry does not help. */
   readonly retryAfterMs?: number;
   /** Facts for a program, by lowerCamelCase names. Never a secret, an e-mail address, or another's object. */
@@ -27,6 +30,7 @@ export type DomainErrorOptions = {
 export class DomainError extends Error {
   readonly reason: ErrorReason;
   readonly fields: readonly FieldViolation[];
+  readonly quotaSubject: string | undefined;
   readonly retryAfterMs: number | undefined;
   readonly metadata: Readonly<Record<string, string>>;
 
@@ -35,7 +39,20 @@ export class DomainError extends Error {
     this.name = "DomainError";
     this.reason = reason;
     this.fields = options.fields ?? [];
+    this.quotaSubject = options.quotaSubject;
     this.retryAfterMs = options.retryAfterMs;
     this.metadata = options.metadata ?? {};
   }
+}
+
+/**
+ * A limit of an organization is reached.
+ * @param name the limit for a program, "pending_instances".
+ * @param what the limit for a person, after "at most 1000".
+ */
+export function quotaExceeded(organizationId: OrganizationId, name: string, limit: number, what: string): DomainError {
+  return new DomainError(ErrorReason.QUOTA_EXCEEDED, `at most ${limit} ${what}`, {
+    quotaSubject: `organization:${organizationId}`,
+    metadata: { quota: name, limit: String(limit) },
+  });
 }

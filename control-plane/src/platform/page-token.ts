@@ -27,13 +27,18 @@ export function encodePageToken(hash: string, position: readonly string[]): stri
 export function decodePageToken(token: string, hash: string): readonly string[] | undefined {
   if (token === "") return undefined;
   const [tokenVersion, tokenHash, ...position] = parse(token);
-  if (tokenVersion !== version || tokenHash !== hash || !position.every((part) => typeof part === "string")) {
+  if (tokenVersion !== version || tokenHash !== hash || !position.every(isPart)) {
     throw new DomainError(
       ErrorReason.PAGE_TOKEN_INVALID,
       "page_token is not the next_page_token of a page with the same filters",
     );
   }
   return position;
+}
+
+/** A made-up part must not become an error of ours: PostgreSQL holds no NUL. */
+function isPart(part: unknown): part is string {
+  return typeof part === "string" && !part.includes("\0") && part.isWellFormed();
 }
 
 function parse(token: string): unknown[] {

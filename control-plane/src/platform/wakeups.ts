@@ -16,6 +16,8 @@ const maxTopicsPerMessage = 100;
 const coalesceMs = 2;
 const firstReconnectMs = 100;
 const lastReconnectMs = 5_000;
+/** A hint that takes longer is of no use, and must not hold up the next ones or the end of the process. */
+const timeoutMs = 5_000;
 
 /** Sends and receives hints. */
 export class Wakeups implements AsyncDisposable {
@@ -116,6 +118,9 @@ export class Wakeups implements AsyncDisposable {
         await client.query("select pg_notify($1, $2)", [channel, payload]);
       } catch (error) {
         this.#log.debug({ err: error }, "a hint was lost");
+        // A connection that does not answer hears nothing either: the next one does.
+        await client.end().catch(() => undefined);
+        return;
       }
     }
   }
@@ -131,7 +136,13 @@ export class Wakeups implements AsyncDisposable {
     let delayMs = firstReconnectMs;
     let connectedBefore = false;
     while (!signal.aborted) {
-      const client = new pg.Client({ ...connection, application_name: "clodei-wakeups", keepAlive: true });
+      const client = new pg.Client({
+        ...connection,
+        application_name: "clodei-wakeups",
+        keepAlive: true,
+        connectionTimeoutMillis: timeoutMs,
+        query_timeout: timeoutMs,
+      });
       const ended = new Promise<void>((resolve) => client.once("end", () => resolve()));
       client.on("error", (error) => this.#log.debug({ err: error }, "the connection for hints failed"));
       client.on("notification", (message) => this.#receive(message.payload));

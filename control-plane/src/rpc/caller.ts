@@ -6,6 +6,9 @@ import type { ApiKeyId, NodeId, OperatorId, OrganizationId, UserId } from "@clod
 /** How a caller proved who it is. */
 export type Credential = "api_key" | "token";
 
+/** When a token ends, by which a caller was admitted. Absent for an API key, whose end the database knows. */
+type TokenEnd = { readonly tokenExpireTime?: Date };
+
 /** A caller without credentials. */
 export type AnonymousCaller = { readonly kind: "anonymous" };
 
@@ -18,17 +21,21 @@ export type CustomerCaller = {
   readonly credential: Credential;
   readonly roles: ReadonlySet<Role>;
   readonly emailVerified: boolean;
-};
+} & TokenEnd;
 
 /** A person with a valid token, who belongs to no organization. */
-export type UserCaller = { readonly kind: "user"; readonly callerId: UserId; readonly emailVerified: boolean };
+export type UserCaller = {
+  readonly kind: "user";
+  readonly callerId: UserId;
+  readonly emailVerified: boolean;
+} & TokenEnd;
 
 /** A platform operator. Never implied by a role in an organization. */
 export type PlatformCaller = {
   readonly kind: "platform";
   readonly callerId: OperatorId | ApiKeyId;
   readonly credential: Credential;
-};
+} & TokenEnd;
 
 /** A node, by its certificate on the node listener. */
 export type NodeCaller = { readonly kind: "node"; readonly nodeId: NodeId; readonly certificateSerial: string };

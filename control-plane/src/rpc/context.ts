@@ -12,6 +12,8 @@ export type RequestRecord = {
   caller: Caller;
   /** "service/method", once the request is known to be for one. */
   method: string | undefined;
+  /** Whether that method streams, in whichever direction. */
+  isStream: boolean;
   /** The name of the answer's code, once there is one. */
   code: string | undefined;
 };
@@ -21,6 +23,7 @@ const recordKey = createContextKey<RequestRecord>({
   address: "",
   caller: anonymousCaller,
   method: undefined,
+  isStream: false,
   code: undefined,
 });
 

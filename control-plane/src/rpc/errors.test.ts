@@ -2,9 +2,10 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { type ErrorReason, ErrorReasonSchema } from "@clodei/proto/gen/clodei/v1/error";
-import { ErrorInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
+import { ErrorInfoSchema, QuotaFailureSchema } from "@clodei/proto/gen/google/rpc/error_details";
+import { newId } from "@clodei/proto/ids";
 import pg from "pg";
-import { DomainError } from "../platform/errors.ts";
+import { DomainError, quotaExceeded } from "../platform/errors.ts";
 import { codeOfReason, isOurs, statusOf, toConnectError } from "./errors.ts";
 
 test("every reason of the schema has a status code, and every status is told with its reason", () => {
@@ -46,6 +47,8 @@ test("a lost database is unavailable, and worth a retry", () => {
     Object.assign(new Error("connect"), { code: "ECONNREFUSED" }),
     new Error("Connection terminated unexpectedly"),
     new Error("timeout exceeded when trying to connect"),
+    new Error("Query read timeout"),
+    Object.assign(new Error("getaddrinfo"), { code: "EAI_AGAIN" }),
   ];
   for (const error of lost) {
     const status = statusOf(error, "r1");
@@ -55,4 +58,14 @@ test("a lost database is unavailable, and worth a retry", () => {
   }
   const broken = Object.assign(new pg.DatabaseError("syntax", 1, "error"), { code: "42601" });
   assert.equal(statusOf(broken, "r1").code, Code.Internal);
+});
+
+test("a limit that is reached is told as a quota failure", () => {
+  const organizationId = newId("org");
+  const error = toConnectError(quotaExceeded(organizationId, "watches", 256, "watches are open at a time"), "r1");
+  assert.equal(error.code, Code.ResourceExhausted);
+  assert.equal(error.findDetails(ErrorInfoSchema)[0]?.metadata["quota"], "watches");
+  const [violation] = error.findDetails(QuotaFailureSchema)[0]?.violations ?? [];
+  assert.equal(violation?.subject, `organization:${organizationId}`);
+  assert.equal(violation.description, "at most 256 watches are open at a time");
 });

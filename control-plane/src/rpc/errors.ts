@@ -3,7 +3,12 @@
 import { type DescMessage, isUnknownEnum, type MessageInitShape } from "@bufbuild/protobuf";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { ErrorReason, ErrorReasonSchema } from "@clodei/proto/gen/clodei/v1/error";
-import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
+import {
+  BadRequestSchema,
+  ErrorInfoSchema,
+  QuotaFailureSchema,
+  RetryInfoSchema,
+} from "@clodei/proto/gen/google/rpc/error_details";
 import { sqlStateOf } from "../platform/database.ts";
 import { DomainError } from "../platform/errors.ts";
 
@@ -115,6 +120,19 @@ function toDomainError(error: unknown): DomainError {
 
 const databaseRetryMs = 1_000;
 
+/** Of the socket, and of the name's resolution: a database that fails over is away in each of these ways. */
+const lostConnectionCodes: ReadonlySet<string> = new Set([
+  "EAI_AGAIN",
+  "ECONNREFUSED",
+  "ECONNRESET",
+  "EHOSTUNREACH",
+  "ENETUNREACH",
+  "ENOENT",
+  "ENOTFOUND",
+  "EPIPE",
+  "ETIMEDOUT",
+]);
+
 /** The connection failed, or the server ends it: SQLSTATE classes 08 and 57P, and errors of the socket and pool. */
 function isDatabaseLoss(error: unknown): boolean {
   if (!(error instanceof Error)) return false;
@@ -122,8 +140,8 @@ function isDatabaseLoss(error: unknown): boolean {
   if (state !== undefined) return state.startsWith("08") || state.startsWith("57P") || state === "53300";
   const code: unknown = Reflect.get(error, "code");
   return (
-    (typeof code === "string" && ["ECONNREFUSED", "ECONNRESET", "ENOENT", "EPIPE", "ETIMEDOUT"].includes(code)) ||
-    /^(Connection terminated|timeout exceeded when trying to connect|Client has encountered a connection error)/.test(
+    (typeof code === "string" && lostConnectionCodes.has(code)) ||
+    /^(Connection terminated|timeout exceeded when trying to connect|Query read timeout|Client has encountered a connection error)/.test(
       error.message,
     )
   );
@@ -174,6 +192,10 @@ function detailsOf(error: DomainError, reason: ReasonName, requestId: string): E
       reason: rule,
     }));
     details.push({ desc: BadRequestSchema, value: { fieldViolations } });
+  }
+  if (error.quotaSubject !== undefined) {
+    const violations = [{ subject: error.quotaSubject, description: error.message }];
+    details.push({ desc: QuotaFailureSchema, value: { violations } });
   }
   if (error.retryAfterMs !== undefined) {
     const seconds = Math.floor(error.retryAfterMs / 1_000);

@@ -4,7 +4,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import type { Message } from "@bufbuild/protobuf";
 import {
   Code,
-  type ConnectError,
+  ConnectError,
   type HandlerContext,
   type Interceptor,
   type StreamRequest,
@@ -17,6 +17,7 @@ import { authorize, openServices } from "./authorization.ts";
 import { anonymousCaller, type Authenticate, type Caller } from "./caller.ts";
 import { recordOf, type RequestRecord } from "./context.ts";
 import { isOurs, toConnectError } from "./errors.ts";
+import type { Metrics } from "./metrics.ts";
 import { limitedAddressOf, type RateLimiter } from "./rate-limit.ts";
 import type { RequestValidator } from "./validation.ts";
 
@@ -32,6 +33,7 @@ export type PipelineOptions = {
   readonly shutdownSignal: AbortSignal;
   /** How often an open stream asks again whether its caller still may. */
   readonly recheckMs: number;
+  readonly metrics: Pick<Metrics, "openStreams">;
   readonly log: Log;
 };
 
@@ -46,7 +48,9 @@ export function createGate(options: PipelineOptions): (context: HandlerContext) 
   return async (context) => {
     const record = recordOf(context.values);
     record.method = `${context.service.typeName}/${context.method.name}`;
+    record.isStream = context.method.methodKind !== "unary";
     context.responseHeader.set("clodei-request-id", record.requestId);
+    completeErrors(context, record, options.log);
     try {
       options.addressLimiter.take(limitedAddressOf(record.address));
       // Health must answer when the database, and so authentication, does not.
@@ -58,9 +62,24 @@ export function createGate(options: PipelineOptions): (context: HandlerContext) 
   };
 }
 
+/**
+ * Connect makes some errors before an interceptor sees the request: for a body that cannot be read or is too long, and
+ * for an unknown compression. It aborts the request's signal with the very error that it sends next, in each of its
+ * protocols: there they get their reason and our request id.
+ */
+function completeErrors(context: HandlerContext, record: RequestRecord, log: Log): void {
+  const complete = (): void => {
+    const error: unknown = context.signal.reason;
+    // One with details has been through here, or through the interceptors.
+    if (!(error instanceof ConnectError) || error.details.length > 0) return;
+    error.details = tell(error, record, log).details;
+  };
+  context.signal.addEventListener("abort", complete, { once: true });
+}
+
 /** The onion, the outermost first. */
 export function createInterceptors(options: PipelineOptions): Interceptor[] {
-  return [errorMapping(options), authorization(options), callerLimit(options), validation(options)];
+  return [errorMapping(options), authorization, callerLimit(options), validation(options)];
 }
 
 /** Finds the caller. A key that stands in a web page belongs to everybody who opens it, so none is accepted there. */
@@ -100,6 +119,8 @@ async function* mapStreamErrors<T>(
   record: RequestRecord,
   options: PipelineOptions,
 ): AsyncGenerator<T> {
+  const [service = "", method = ""] = record.method?.split("/") ?? [];
+  options.metrics.openStreams.inc({ service, method });
   try {
     for await (const message of messages) yield message;
     // A handler that sees its signal simply ends, which its caller would take for the end of the data.
@@ -109,6 +130,7 @@ async function* mapStreamErrors<T>(
     throw tell(error, record, options.log);
   } finally {
     record.code ??= "canceled";
+    options.metrics.openStreams.dec({ service, method });
   }
 }
 
@@ -126,14 +148,26 @@ async function* guardStream<T>(
     yield* messages;
     return;
   }
-  const stop = new AbortController();
-  const lost = recheck(recordOf(request.contextValues).caller, options.recheckMs, access, stop.signal);
-  // It rejects at most once, and somebody must always hold it.
-  lost.catch(() => undefined);
   const iterator = messages[Symbol.asyncIterator]();
+  const stop = new AbortController();
+  let isLost = false;
+  // Of the wait that is on now, and no other: a race of every message against one promise that outlives them all
+  // would keep them all in memory.
+  let refuse = (): void => undefined;
+  const next = (): Promise<IteratorResult<T>> =>
+    new Promise((resolve, reject) => {
+      refuse = () => reject(new DomainError(ErrorReason.PERMISSION_DENIED, "your access ended"));
+      if (isLost) refuse();
+      else iterator.next().then(resolve, reject);
+    });
+  const onLost = (): void => {
+    isLost = true;
+    refuse();
+  };
+  void watchAccess(recordOf(request.contextValues).caller, options.recheckMs, access, onLost, stop.signal);
   try {
     while (true) {
-      const result = await Promise.race([iterator.next(), lost]);
+      const result = await next();
       if (result.done === true) return;
       yield result.value;
     }
@@ -144,11 +178,20 @@ async function* guardStream<T>(
   }
 }
 
-/** Never resolves; rejects when what the caller was admitted by no longer holds. */
-async function recheck(caller: Caller, everyMs: number, access: AccessChecks, signal: AbortSignal): Promise<never> {
-  while (true) {
-    await sleep(everyMs, undefined, { signal, ref: false });
-    if (!(await access.holds(caller))) throw new DomainError(ErrorReason.PERMISSION_DENIED, "your access ended");
+/** Calls back once what the caller was admitted by no longer holds. Ends then, or when the signal aborts. Never rejects. */
+async function watchAccess(
+  caller: Caller,
+  everyMs: number,
+  access: AccessChecks,
+  onLost: () => void,
+  signal: AbortSignal,
+): Promise<void> {
+  while (!signal.aborted) {
+    await sleep(everyMs, undefined, { signal, ref: false }).catch(() => undefined);
+    if (signal.aborted) return;
+    if (await access.holds(caller)) continue;
+    onLost();
+    return;
   }
 }
 
@@ -172,12 +215,10 @@ class AccessChecks {
   }
 }
 
-function authorization(_options: PipelineOptions): Interceptor {
-  return (next) => (request) => {
-    authorize(request.method, recordOf(request.contextValues).caller);
-    return next(request);
-  };
-}
+const authorization: Interceptor = (next) => (request) => {
+  authorize(request.method, recordOf(request.contextValues).caller);
+  return next(request);
+};
 
 function callerLimit(options: PipelineOptions): Interceptor {
   return (next) => (request) => {

@@ -16,6 +16,8 @@ const retryMs = 60_000;
 
 /** Renews a certificate at its time, and hands the new one on, until disposed of. */
 export function keepCertificateFresh(options: {
+  /** For the log: whose certificate it is. */
+  readonly listener: "public" | "node";
   readonly first: FreshCertificate;
   readonly obtain: () => Promise<FreshCertificate>;
   readonly use: (certificate: FreshCertificate) => void;
@@ -42,7 +44,8 @@ async function keepFresh(options: Parameters<typeof keepCertificateFresh>[0], si
       options.use(next);
       ({ renewTime } = next);
     } catch (error) {
-      options.log.error({ err: error }, "the public listener's certificate could not be renewed");
+      const { listener } = options;
+      options.log.error({ err: error, listener }, "a listener's certificate could not be renewed");
       renewTime = new Date(Date.now() + retryMs);
     }
   }

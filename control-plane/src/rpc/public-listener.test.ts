@@ -9,24 +9,34 @@ import { describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { connect as connectTls } from "node:tls";
 import { promisify } from "node:util";
+import { setFlagsFromString } from "node:v8";
+import { runInNewContext } from "node:vm";
 import { create } from "@bufbuild/protobuf";
 import { Code, ConnectError, createClient, type ConnectRouter } from "@connectrpc/connect";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { IdentityService } from "@clodei/proto/gen/clodei/v1/identity_service";
 import { InstanceService, WatchInstancesResponseSchema } from "@clodei/proto/gen/clodei/v1/instance_service";
+import { NodeService } from "@clodei/proto/gen/clodei/v1/node_service";
 import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
 import { Health, HealthCheckResponse_ServingStatus as Serving } from "@clodei/proto/gen/grpc/health/v1/health";
 import { ServerReflection } from "@clodei/proto/gen/grpc/reflection/v1/reflection";
 import { ServerReflection as AlphaReflection } from "@clodei/proto/gen/grpc/reflection/v1alpha/reflection";
 import { DomainError } from "../platform/errors.ts";
+import type { CustomerCaller } from "./caller.ts";
 import { callerOf, requestIdOf } from "./context.ts";
 import { HealthState, healthHandlers } from "./health.ts";
 import { RateLimiter } from "./rate-limit.ts";
 import { createReflection } from "./reflection.ts";
-import { sendPlain, startTestListener, type TestListener, transportKinds } from "./test-listener.ts";
+import { sendPlain, startTestListener, testCallers, type TestListener, transportKinds } from "./test-listener.ts";
 
 const admin = "Bearer role-ADMIN";
 const secret = "a-secret-that-nobody-may-read";
+
+function adminCallerOf(): CustomerCaller {
+  const caller = testCallers["role-ADMIN"];
+  if (caller?.kind !== "customer") throw new Error("the admin is a customer");
+  return caller;
+}
 
 function reasonOf(error: unknown): string | undefined {
   return ConnectError.from(error).findDetails(ErrorInfoSchema)[0]?.reason;
@@ -183,6 +193,39 @@ describe("the public listener", () => {
       });
     assert.match((await send("br")).body, /unknown compression.*gzip/);
     assert.equal((await send("identity")).status, 200);
+  });
+
+  test("gives a reason also to errors that come before the handler and its interceptors", async () => {
+    await using listener = await startTestListener(routes);
+    const whoAmI = "/clodei.v1.IdentityService/WhoAmI";
+    const json = { "content-type": "application/json", authorization: admin };
+    const answers = {
+      INVALID_ARGUMENT: await sendPlain(listener, { path: whoAmI, headers: json, body: "{" }),
+      UNIMPLEMENTED: await sendPlain(listener, {
+        path: whoAmI,
+        headers: { ...json, "content-encoding": "br" },
+        body: "{}",
+      }),
+      "UNIMPLEMENTED of a path": await sendPlain(listener, { path: "/no.Such/Method", headers: json, body: "{}" }),
+    };
+    for (const [name, { body, headers }] of Object.entries(answers)) {
+      const told = JSON.parse(body) as { details: { type: string; debug: { reason: string; metadata: object } }[] };
+      const { reason, metadata } = told.details[0]?.debug ?? {};
+      assert.equal(reason, name.split(" ")[0], body);
+      assert.deepEqual(metadata, { requestId: headers["clodei-request-id"] });
+    }
+    const large = { spec: { image: "busybox", env: { A: "x".repeat(4 * 1024 * 1024) } } };
+    for (const kind of transportKinds) {
+      const error = await rejection(
+        createClient(InstanceService, listener.transport(kind, admin)).createInstance(large),
+      );
+      assert.deepEqual([error.code, reasonOf(error)], [Code.ResourceExhausted, "INVALID_ARGUMENT"], kind);
+    }
+    const unknown = await rejection(createClient(NodeService, listener.transport("grpc", admin)).listNodes({}));
+    assert.deepEqual([unknown.code, reasonOf(unknown)], [Code.Unimplemented, "UNIMPLEMENTED"]);
+    await sleep(50);
+    assert.ok(listener.lines.some((line) => line.includes('"code":"resource_exhausted"')));
+    assert.ok(!listener.lines.some((line) => /"code":"http_[45]/.test(line)));
   });
 
   test("limits how often one address and one caller may ask, and says how long to wait", async () => {
@@ -362,6 +405,70 @@ describe("the public listener", () => {
     const startMs = performance.now();
     assert.equal(reasonOf(await ended), "PERMISSION_DENIED");
     assert.ok(performance.now() - startMs < 1_000);
+  });
+
+  test("holds none of the messages that an open stream has sent", async () => {
+    const sent: WeakRef<object>[] = [];
+    await using listener = await startTestListener(
+      (router) =>
+        router.service(InstanceService, {
+          async *watchInstances(_request, context) {
+            for (let n = 0; n < 200; n += 1) {
+              const message = create(WatchInstancesResponseSchema, { cursor: String(n) });
+              sent.push(new WeakRef(message));
+              yield message;
+            }
+            await new Promise((resolve) => context.signal.addEventListener("abort", resolve, { once: true }));
+          },
+        }),
+      { recheckMs: 60_000 },
+    );
+    const stop = new AbortController();
+    const client = createClient(InstanceService, listener.transport("grpc", admin));
+    let received = 0;
+    const reading = rejection(
+      (async () => {
+        for await (const _message of client.watchInstances({}, { signal: stop.signal })) received += 1;
+      })(),
+    );
+    while (received < 200) await sleep(10);
+    setFlagsFromString("--expose-gc");
+    (runInNewContext("gc") as () => void)();
+    await sleep(10);
+    const held = sent.filter((message) => message.deref() !== undefined).length;
+    assert.ok(held < 20, `${held} of 200 messages are still in memory`);
+    const openStreams = async (): Promise<unknown> => (await listener.metrics.openStreams.get()).values[0]?.value;
+    assert.equal(await openStreams(), 1);
+    stop.abort();
+    await reading;
+    for (let n = 0; n < 100 && (await openStreams()) !== 0; n += 1) await sleep(10);
+    assert.equal(await openStreams(), 0);
+    const durations = await listener.metrics.durationSeconds.get();
+    assert.ok(!durations.values.some(({ labels }) => labels.method === "WatchInstances"));
+  });
+
+  test("does not take the end of one token for the end of another of the same person", async () => {
+    const expireTimes = [new Date(0), new Date(Date.now() + 60_000)] as const;
+    await using listener = await startTestListener(routes, {
+      authenticate: (headers) =>
+        Promise.resolve({
+          ...adminCallerOf(),
+          tokenExpireTime: expireTimes[Number(headers.get("x-token"))] ?? new Date(),
+        }),
+      stillHolds: (caller) =>
+        Promise.resolve("tokenExpireTime" in caller && (caller.tokenExpireTime ?? new Date(0)) > new Date()),
+    });
+    const client = createClient(InstanceService, listener.transport("grpc", admin));
+    const watch = async (token: string, signal?: AbortSignal): Promise<void> => {
+      const options = { headers: { "x-token": token }, ...(signal === undefined ? {} : { signal }) };
+      for await (const _message of client.watchInstances({}, options));
+    };
+    const stop = new AbortController();
+    const [old, renewed] = [rejection(watch("0")), rejection(watch("1", stop.signal))];
+    assert.equal(reasonOf(await old), "PERMISSION_DENIED");
+    await sleep(300);
+    stop.abort();
+    assert.equal((await renewed).code, Code.Canceled);
   });
 
   test("a drain ends streams as unavailable, lets a request finish, and closes its port", async () => {

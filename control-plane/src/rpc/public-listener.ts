@@ -5,8 +5,12 @@ import { once, type EventEmitter } from "node:events";
 import { createSecureServer, type Http2SecureServer, type ServerHttp2Session } from "node:http2";
 import type { AddressInfo, Socket } from "node:net";
 import type { TLSSocket } from "node:tls";
-import { Code, type ConnectRouter } from "@connectrpc/connect";
+import type { ConnectRouter } from "@connectrpc/connect";
+import { errorToJson } from "@connectrpc/connect/protocol-connect";
+import { setTrailerStatus } from "@connectrpc/connect/protocol-grpc";
 import { compressionGzip, connectNodeAdapter } from "@connectrpc/connect-node";
+import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
+import { DomainError } from "../platform/errors.ts";
 import { anonymousCaller } from "./caller.ts";
 import { createRequestValues, type RequestRecord } from "./context.ts";
 import { corsHeaders, isPreflight } from "./cors.ts";
@@ -48,8 +52,10 @@ const maxConcurrentStreams = 100;
 const maxSessionMemoryMb = 64;
 const maxConnections = 10_000;
 const handshakeTimeoutMs = 10_000;
-/** Time for a request's headers and body. A stream of the client's (reflection) is not bound by it. */
+/** Time for a request's headers and body. */
 const requestTimeoutMs = 30_000;
+/** Reflection is the client's own stream, for which nobody needs credentials: a tool that explores comes back. */
+const reflectionTimeoutMs = 5 * 60_000;
 const idleConnectionMs = 10 * 60_000;
 const maxHeaderBytes = 32 * 1024;
 /** Two years, as browsers' preload lists ask. */
@@ -106,11 +112,12 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
     address: request.socket.remoteAddress ?? "",
     caller: anonymousCaller,
     method: undefined,
+    isStream: false,
     code: undefined,
   });
   const serve = connectNodeAdapter({
     routes: options.routes,
-    fallback: answerUnknown,
+    fallback: (request, response) => answerUnknown(request, response, records.get(request) ?? newRecord(request)),
     acceptCompression: [compressionGzip],
     readMaxBytes,
     shutdownSignal,
@@ -148,8 +155,8 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
 
 /** A body that trickles in holds memory and a stream. Only gRPC's own content type can carry a client's stream. */
 function limitBodyTime(request: Request, response: Response): void {
-  if (request.url?.startsWith("/grpc.reflection.") === true) return;
-  const timer = setTimeout(() => request.destroy(), requestTimeoutMs);
+  const isReflection = request.url?.startsWith("/grpc.reflection.") === true;
+  const timer = setTimeout(() => request.destroy(), isReflection ? reflectionTimeoutMs : requestTimeoutMs);
   const stop = (): void => clearTimeout(timer);
   onceOf(request, "end", stop);
   onceOf(response, "close", stop);
@@ -160,11 +167,11 @@ function logAccess(request: Request, response: Response, record: RequestRecord, 
   onceOf(response, "close", () => {
     const durationMs = Math.round(performance.now() - startMs);
     const [service = "", method = ""] = record.method?.split("/") ?? [];
-    // A body that could not be read never reached the interceptors; its answer has only an HTTP status.
+    // What is not ours to serve (a preflight, a path that names no method's protocol) has only an HTTP status.
     const code = record.code ?? (response.statusCode === 200 ? "canceled" : `http_${response.statusCode}`);
     if (record.method !== undefined) {
       options.metrics.requests.inc({ service, method, code });
-      options.metrics.durationSeconds.observe({ service, method }, durationMs / 1_000);
+      if (!record.isStream) options.metrics.durationSeconds.observe({ service, method }, durationMs / 1_000);
     }
     options.log.info(
       {
@@ -183,18 +190,20 @@ function logAccess(request: Request, response: Response, record: RequestRecord, 
 }
 
 /** A path that is none of ours, told in the protocol of the request. */
-function answerUnknown(request: Request, response: Response): void {
+function answerUnknown(request: Request, response: Response, record: RequestRecord): void {
   const type = headerOf(request, "content-type") ?? "";
-  const message = "no such method";
+  const error = toConnectError(new DomainError(ErrorReason.UNIMPLEMENTED, "no such method"), record.requestId);
+  record.code = "unimplemented";
+  response.setHeader("clodei-request-id", record.requestId);
   if (type.startsWith("application/grpc")) {
-    setHeaders(response, { "content-type": type, "grpc-status": String(Code.Unimplemented), "grpc-message": message });
+    setHeaders(response, { "content-type": type, ...Object.fromEntries(setTrailerStatus(new Headers(), error)) });
     response.statusCode = 200;
     response.end();
     return;
   }
   setHeaders(response, { "content-type": "application/json" });
   response.statusCode = 404;
-  response.end(JSON.stringify({ code: "unimplemented", message }));
+  response.end(JSON.stringify(errorToJson(error, undefined)));
 }
 
 function setHeaders(response: Response, headers: Record<string, string>): void {

@@ -10,7 +10,7 @@ import { Authority } from "../nodes/authority.ts";
 import { DomainError } from "../platform/errors.ts";
 import { createLog } from "../platform/log.ts";
 import { anonymousCaller, type Caller } from "./caller.ts";
-import { createMetrics } from "./metrics.ts";
+import { createMetrics, type Metrics } from "./metrics.ts";
 import { type PublicListener, type PublicListenerOptions, startPublicListener } from "./public-listener.ts";
 import { RateLimiter } from "./rate-limit.ts";
 import { RequestValidator } from "./validation.ts";
@@ -22,6 +22,7 @@ export type TestListener = AsyncDisposable & {
   /** The lines of the log. */
   readonly lines: readonly string[];
   readonly authority: Authority;
+  readonly metrics: Metrics;
   transport(kind: TransportKind, authorization?: string): Transport;
 };
 
@@ -63,6 +64,7 @@ export async function startTestListener(
   const { certificatePem, privateKeyPem } = await Authority.generate(now);
   const authority = await Authority.fromPem(certificatePem, privateKeyPem, "test.clodei.com", now);
   const lines: string[] = [];
+  const metrics = createMetrics();
   const listener = await startPublicListener({
     host: "127.0.0.1",
     port: 0,
@@ -75,7 +77,7 @@ export async function startTestListener(
     callerLimiter: new RateLimiter({ perSecond: 1e6, burst: 1e6 }),
     validator: new RequestValidator(),
     recheckMs: 100,
-    metrics: createMetrics(),
+    metrics,
     log: createLog("info", { write: (line) => lines.push(line) }),
     ...options,
   });
@@ -86,6 +88,7 @@ export async function startTestListener(
     caPem: certificatePem,
     lines,
     authority,
+    metrics,
     transport: (kind, authorization) => createTransport(kind, url, certificatePem, authorization),
     [Symbol.asyncDispose]: () => listener.close(0),
   };

@@ -4,8 +4,10 @@ import { create } from "@bufbuild/protobuf";
 import {
   CreateInstanceRequestSchema,
   GetInstanceRequestSchema,
+  ListInstancesRequestSchema,
   StreamLogsRequestSchema,
 } from "@clodei/proto/gen/clodei/v1/instance_service";
+import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { DomainError } from "../platform/errors.ts";
 import { publicServices } from "../start.ts";
 import { RequestValidator } from "./validation.ts";
@@ -64,4 +66,19 @@ test("what is valid passes", () => {
     StreamLogsRequestSchema,
     create(StreamLogsRequestSchema, { instanceId: "ins_01h455vb4pex5vsknk084sn02q" }),
   );
+});
+
+test("a text that no database can hold is refused by its field", () => {
+  const refused = (field: string) => (error: unknown) =>
+    error instanceof DomainError &&
+    error.reason === ErrorReason.INVALID_ARGUMENT &&
+    error.fields.every((violation) => violation.field === field && violation.rule === "string.storable");
+  for (const text of ["a\0b", "\ud800"]) {
+    const list = create(ListInstancesRequestSchema, { filter: { gpuModel: text } });
+    assert.throws(() => validator.check(ListInstancesRequestSchema, list), refused("filter.gpu_model"));
+    const labels = create(ListInstancesRequestSchema, { filter: { labels: { [text]: "b" } } });
+    assert.throws(() => validator.check(ListInstancesRequestSchema, labels), refused("filter.labels"));
+  }
+  const fine = create(ListInstancesRequestSchema, { filter: { labels: { a: "ñ 🙂" } } });
+  validator.check(ListInstancesRequestSchema, fine);
 });

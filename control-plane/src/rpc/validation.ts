@@ -17,8 +17,12 @@ export class RequestValidator {
   check(schema: DescMessage, message: Message): void {
     const result = this.#validator.validate(schema, message);
     switch (result.kind) {
-      case "valid":
-        return;
+      case "valid": {
+        const field = unstorableField(message, "");
+        if (field === undefined) return;
+        const told = { field, rule: "string.storable", message: "must be Unicode text without the character U+0000" };
+        throw new DomainError(ErrorReason.INVALID_ARGUMENT, `${field}: ${told.message}`, { fields: [told] });
+      }
       case "invalid": {
         const fields = result.violations.slice(0, maxViolations).map(toFieldViolation);
         const text = fields.map(({ field, message: rule }) => (field === "" ? rule : `${field}: ${rule}`)).join("; ");
@@ -37,6 +41,28 @@ export class RequestValidator {
       if (result.kind === "error") throw result.error;
     }
   }
+}
+
+/**
+ * The field of a text that PostgreSQL cannot hold (NUL, half a surrogate pair), which would come back as an error of
+ * ours. No schema can say it: its rules let through whatever is UTF-8.
+ */
+function unstorableField(value: object, path: string): string | undefined {
+  if (value instanceof Uint8Array) return undefined;
+  const entries: [string, unknown][] = Object.entries(value);
+  for (const [key, item] of entries) {
+    // A field's own name, or the key of a map.
+    const field = `${path}${path === "" ? "" : "."}${key.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`)}`;
+    if (!isStorable(key)) return path;
+    if (typeof item === "string" && !isStorable(item)) return field;
+    const found = typeof item === "object" && item !== null ? unstorableField(item, field) : undefined;
+    if (found !== undefined) return found;
+  }
+  return undefined;
+}
+
+function isStorable(text: string): boolean {
+  return !text.includes("\0") && text.isWellFormed();
 }
 
 function toFieldViolation(violation: Violation): FieldViolation {
