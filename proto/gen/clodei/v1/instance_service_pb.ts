@@ -729,7 +729,7 @@ export type LogGap = Message<"clodei.v1.LogGap"> & {
   offset: bigint;
 
   /**
-   * How many bytes are gone.
+   * How many bytes are gone. 0: unknown, because the engine dropped them before they were read.
    *
    * @generated from field: uint64 length_bytes = 4;
    */

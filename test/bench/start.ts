@@ -1,0 +1,142 @@
+// From the SDK's call to RUNNING seen by the SDK, against the Docker calls that the agent makes for it (network,
+// container, start, with the same bodies) made by dockerode alone, one round of each in turn.
+import Docker from "dockerode";
+import type { ContainerSpec } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import { ContainerSpecSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import { create } from "@bufbuild/protobuf";
+import { mkdir } from "node:fs/promises";
+import { join } from "node:path";
+import { newId } from "@clodei/proto/ids";
+import {
+  bridgeNames,
+  type ContainerSettings,
+  containerBody,
+  networkBody,
+} from "../../agent/src/containers/container-body.ts";
+import { inspectContainer, listContainers } from "../harness/containers.ts";
+import { testImage, TestSystem } from "../harness/system.ts";
+import { type Figure, quantile, rounded } from "./figures.ts";
+
+const rounds = 60;
+const warmUpRounds = 3;
+const ratioGoal = 1.15;
+const overheadGoalMs = 60;
+
+const spec = {
+  image: testImage,
+  command: ["sleep", "300"],
+  cpuMillis: 100,
+  memoryMib: 32,
+  stopGraceSeconds: 0,
+} as const;
+
+/** One instance by the SDK. Returns the milliseconds from the call to RUNNING. */
+async function startInstance(system: TestSystem): Promise<number> {
+  const begin = performance.now();
+  const instance = await system.client.instances.run(spec);
+  await instance.waitUntilRunning({ timeoutMs: 60_000 });
+  const elapsed = performance.now() - begin;
+  await instance.delete();
+  await instance.waitUntilDeleted({ timeoutMs: 60_000 });
+  return elapsed;
+}
+
+/** The settings of the agent, read from a container that it made. */
+async function settingsOf(system: TestSystem): Promise<ContainerSettings & { readonly imageId: string }> {
+  const instance = await system.client.instances.run(spec);
+  await instance.waitUntilRunning({ timeoutMs: 60_000 });
+  const [listed] = await listContainers(system.engine, instance.id);
+  if (listed === undefined) throw new Error("the instance has no container");
+  const container = await inspectContainer(system.engine, listed.Id);
+  const ulimits = container.HostConfig["Ulimits"] as readonly { readonly Name: string; readonly Hard: number }[];
+  const settings = {
+    nodeId: "bench",
+    simulatedGpus: new Set<string>(),
+    dnsServers: container.HostConfig["Dns"] as string[],
+    pidsLimit: Number(container.HostConfig["PidsLimit"]),
+    openFilesLimit: ulimits.find((limit) => limit.Name === "nofile")?.Hard ?? 0,
+    imageId: container.Image,
+  };
+  await instance.delete();
+  await instance.waitUntilDeleted({ timeoutMs: 60_000 });
+  return settings;
+}
+
+/** The bare calls. Returns their milliseconds. */
+async function startBare(
+  docker: Docker,
+  settings: ContainerSettings & { readonly imageId: string },
+  message: ContainerSpec,
+  workspace: string,
+): Promise<number> {
+  const instanceId = newId("ins");
+  const begin = performance.now();
+  const [bridge = ""] = bridgeNames(instanceId);
+  const place = { subnet: "10.214.0.0/28", gateway: "10.214.0.1", bridge };
+  const network = await docker.createNetwork(networkBody(settings.nodeId, instanceId, place));
+  const key = { instanceId, attempt: 1 };
+  const container = await docker.createContainer(
+    containerBody(settings, key, 1n, message, settings.imageId, workspace),
+  );
+  await container.start();
+  const elapsed = performance.now() - begin;
+  await container.remove({ force: true });
+  await network.remove();
+  return elapsed;
+}
+
+/** Runs the bench. */
+export async function benchStart(): Promise<Figure[]> {
+  await using system = await TestSystem.start({
+    agents: [{ name: "mad-1" }],
+    // As in production: nothing is logged but what matters.
+    controlPlaneEnv: { CLODEI_LOG_LEVEL: "info" },
+  });
+  const docker = new Docker({ socketPath: system.engine.socketPath });
+  const settings = await settingsOf(system);
+  const workspace = join(system.folder, "bench-workspace");
+  await mkdir(workspace);
+  const message = create(ContainerSpecSchema, {
+    image: spec.image,
+    command: [...spec.command],
+    cpuMillis: spec.cpuMillis,
+    memoryMib: spec.memoryMib,
+    stopGrace: { seconds: BigInt(spec.stopGraceSeconds) },
+  });
+  const ours: number[] = [];
+  const bare: number[] = [];
+  for (let round = -warmUpRounds; round < rounds; round++) {
+    const oursMs = await startInstance(system);
+    const bareMs = await startBare(docker, settings, message, workspace);
+    if (round < 0) continue;
+    ours.push(oursMs);
+    bare.push(bareMs);
+    if (process.stderr.isTTY) process.stderr.write(`\rround ${round + 1} of ${rounds}`);
+  }
+  const [value, baseline] = [quantile(ours, 0.5), quantile(bare, 0.5)];
+  const ratio = value / baseline;
+  const overheads = ours.map((oursMs, index) => oursMs - (bare[index] ?? Number.NaN));
+  const overheadMs = quantile(overheads, 0.95);
+  return [
+    {
+      bench: "start",
+      metric: "create_to_running",
+      value: rounded(value),
+      unit: "ms",
+      baseline: rounded(baseline),
+      ratio: rounded(ratio),
+      goal: `ratio <= ${ratioGoal}`,
+      ok: ratio <= ratioGoal,
+    },
+    {
+      bench: "start",
+      metric: "overhead_p95_ms",
+      value: rounded(overheadMs),
+      unit: "ms",
+      baseline: null,
+      ratio: null,
+      goal: `<= ${overheadGoalMs}`,
+      ok: overheadMs <= overheadGoalMs,
+    },
+  ];
+}

@@ -1,0 +1,18 @@
+// Randomness that can be repeated: a failed test prints its seed, and CLODEI_TEST_SEED plays it again.
+
+/** The seed of this run. */
+export function testSeed(): number {
+  const given = process.env["CLODEI_TEST_SEED"];
+  return given === undefined ? Math.floor(Math.random() * 0x1_0000_0000) : Number(given) >>> 0;
+}
+
+/** Numbers from 0 to below 1 from a 32-bit seed (the mulberry32 generator). */
+export function randomFrom(seed: number): () => number {
+  let state = seed >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 0x1_0000_0000;
+  };
+}

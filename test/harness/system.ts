@@ -1,0 +1,271 @@
+// A whole Clodei for a test: a Docker engine of its own, the control plane with its embedded database, enrolled
+// agents, all as real processes with all data in one temporary folder, and the clients of a customer and an operator.
+import { chmod, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { type ClodeiClient, createClient, type EnrollmentTokenSpec } from "@clodei/sdk";
+import { importBusybox } from "../../tools/engine/busybox.ts";
+import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
+import { startTestEngine } from "./engine.ts";
+import { Program, runProgram } from "./process.ts";
+
+const controlPlaneProgram = new URL("../../control-plane/src/main.ts", import.meta.url).pathname;
+const agentProgram = new URL("../../agent/src/main.ts", import.meta.url).pathname;
+
+/** The image of the tests: every engine of a system has it. */
+export const testImage = "docker.io/library/busybox:clodei-test";
+
+/** Madrid, as most tests have it. */
+export const madrid = { country: "ES", region: "madrid", datacenter: "kumo-1", tier: 4 } as const;
+
+/** Leases in tests are short, so that a test of an absence takes seconds. */
+/** A second or two is usual; a machine that does much else takes many times as long. */
+const startTimeoutMs = 120_000;
+
+const testTimes = { CLODEI_HEARTBEAT_INTERVAL_MS: "500", CLODEI_LEASE_MS: "3000" };
+
+export interface AgentOptions {
+  /** The node's name. */
+  readonly name: string;
+  readonly location?: EnrollmentTokenSpec["location"];
+  /** "8xH100-SXM"; a node without GPUs where absent. */
+  readonly simulateGpus?: string;
+  /** Where it finds the node listener, if not where its enrollment says: a proxy of the test. */
+  readonly nodeEndpoint?: string;
+  readonly env?: Readonly<Record<string, string>>;
+}
+
+export interface SystemOptions {
+  readonly agents?: readonly AgentOptions[];
+  readonly controlPlaneEnv?: Readonly<Record<string, string>>;
+}
+
+/** Where a control plane listens. */
+interface Listening {
+  readonly publicUrl: string;
+  readonly nodeEndpoint: string;
+  readonly operationsUrl: string;
+  readonly caPem: string;
+}
+
+/** The control plane's process. Started again after a kill, it listens where it did before. */
+export class TestControlPlane implements AsyncDisposable {
+  readonly folder: string;
+  readonly #env: Readonly<Record<string, string>>;
+  #program: Program | undefined;
+  #listening: Listening | undefined;
+
+  constructor(folder: string, env: Readonly<Record<string, string>>) {
+    this.folder = folder;
+    this.#env = env;
+  }
+
+  async start(): Promise<void> {
+    const port = (url: string | undefined): string => url?.match(/:(\d+)$/)?.[1] ?? "0";
+    const args = [
+      controlPlaneProgram,
+      "serve",
+      ...["--data", this.folder],
+      ...["--public-port", port(this.#listening?.publicUrl)],
+      ...["--node-port", port(this.#listening?.nodeEndpoint)],
+      ...["--operations-port", port(this.#listening?.operationsUrl)],
+    ];
+    const program = new Program({ name: "control plane", args, env: { ...testTimes, ...this.#env } });
+    this.#program = program;
+    const listening = (): Listening | undefined => {
+      const line = program.stdout.split("\n").find((text) => text.startsWith('{"listening"'));
+      return line === undefined ? undefined : (JSON.parse(line) as { listening: Listening }).listening;
+    };
+    this.#listening = await program.until("its addresses", listening, startTimeoutMs);
+  }
+
+  get listening(): Listening {
+    if (this.#listening === undefined) throw new Error("the control plane was never started");
+    return this.#listening;
+  }
+
+  get program(): Program {
+    if (this.#program === undefined) throw new Error("the control plane was never started");
+    return this.#program;
+  }
+
+  /** Runs one of its commands, such as create-operator, and returns what that printed. */
+  command(...args: readonly string[]): Promise<string> {
+    const [name = ""] = args;
+    return runProgram({ name, args: [controlPlaneProgram, ...args, "--data", this.folder], env: this.#env });
+  }
+
+  async kill(): Promise<void> {
+    await this.program.kill();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#program?.stop();
+  }
+}
+
+/** An agent's process, with its state in a folder of its own. */
+export class TestAgent implements AsyncDisposable {
+  readonly name: string;
+  readonly folder: string;
+  readonly #options: AgentOptions;
+  readonly #socketPath: string;
+  #program: Program | undefined;
+  #nodeId: string | undefined;
+
+  constructor(folder: string, options: AgentOptions, socketPath: string) {
+    this.name = options.name;
+    this.folder = folder;
+    this.#options = options;
+    this.#socketPath = socketPath;
+  }
+
+  /** Gives it an identity. The token goes in by standard input, as an operator would do it. */
+  async enroll(publicUrl: string, token: string): Promise<void> {
+    const args = [agentProgram, "enroll", "--state", this.folder, "--control-plane", publicUrl, "--token-file", "-"];
+    await runProgram({ name: `enroll ${this.name}`, args, input: token });
+    const path = join(this.folder, "identity", "node.json");
+    const node = JSON.parse(await readFile(path, "utf8")) as { nodeId: string };
+    this.#nodeId = node.nodeId;
+    const { nodeEndpoint } = this.#options;
+    if (nodeEndpoint !== undefined) await writeFile(path, JSON.stringify({ ...node, nodeEndpoint }));
+  }
+
+  get nodeId(): string {
+    if (this.#nodeId === undefined) throw new Error(`${this.name} is not enrolled`);
+    return this.#nodeId;
+  }
+
+  /** Starts it and waits until the control plane has welcomed it. */
+  async start(): Promise<void> {
+    const program = this.launch();
+    const ready = join(this.folder, "run", "ready.json");
+    await program.until("its welcome", async () => {
+      const text = await readFile(ready, "utf8").catch(() => "{}");
+      return (JSON.parse(text) as { pid?: number }).pid === program.pid ? true : undefined;
+    });
+  }
+
+  /** Starts it and does not wait. */
+  launch(): Program {
+    const { simulateGpus, env } = this.#options;
+    const args = [agentProgram, "run", "--state", this.folder, "--docker-socket", this.#socketPath];
+    if (simulateGpus !== undefined) args.push("--simulate-gpus", simulateGpus);
+    this.#program = new Program({ name: this.name, args, env: { CLODEI_MIN_FREE_MIB: "16", ...env } });
+    return this.#program;
+  }
+
+  get program(): Program {
+    if (this.#program === undefined) throw new Error(`${this.name} was never started`);
+    return this.#program;
+  }
+
+  async kill(): Promise<void> {
+    await this.program.kill();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#program?.stop();
+  }
+}
+
+/** Everything together. */
+export class TestSystem implements AsyncDisposable {
+  readonly folder: string;
+  readonly engine: PrivateEngine;
+  readonly controlPlane: TestControlPlane;
+  readonly agents = new Map<string, TestAgent>();
+  readonly #closing = new AsyncDisposableStack();
+  #ca = "";
+  #client: ClodeiClient | undefined;
+  #operator: ClodeiClient | undefined;
+
+  private constructor(folder: string, engine: PrivateEngine, controlPlane: TestControlPlane) {
+    this.folder = folder;
+    this.engine = engine;
+    this.controlPlane = controlPlane;
+  }
+
+  /** Starts an engine with the test image, a control plane, and agents that are connected. */
+  static async start(options: SystemOptions = {}): Promise<TestSystem> {
+    const folder = await mkdtemp(join(tmpdir(), "clodei-system-"));
+    await chmod(folder, 0o755);
+    const closing = new AsyncDisposableStack();
+    closing.defer(() => rm(folder, { recursive: true, force: true }));
+    try {
+      const engine = closing.use(await startTestEngine());
+      await importBusybox(engine.socketPath, testImage);
+      const controlPlane = new TestControlPlane(join(folder, "control-plane"), options.controlPlaneEnv ?? {});
+      closing.use(controlPlane);
+      await controlPlane.start();
+      const system = new TestSystem(folder, engine, controlPlane);
+      system.#ca = controlPlane.listening.caPem;
+      system.#client = system.connect(await system.createOrganization("acme"));
+      system.#operator = system.connect(keyIn(await controlPlane.command("create-operator", "--name", "olga")));
+      system.#closing.use(closing.move());
+      for (const agent of options.agents ?? []) await system.addAgent(agent);
+      return system;
+    } catch (error) {
+      await closing.disposeAsync();
+      throw error;
+    }
+  }
+
+  /** The client of the first organization. */
+  get client(): ClodeiClient {
+    if (this.#client === undefined) throw new Error("the system is not started");
+    return this.#client;
+  }
+
+  /** The client of a platform operator. */
+  get operator(): ClodeiClient {
+    if (this.#operator === undefined) throw new Error("the system is not started");
+    return this.#operator;
+  }
+
+  /** The certificate authority that the public listener's certificate comes from, as PEM. */
+  get ca(): string {
+    return this.#ca;
+  }
+
+  /** Makes an organization and returns an API key of its administrator. */
+  async createOrganization(name: string): Promise<string> {
+    return keyIn(await this.controlPlane.command("create-organization", "--name", name));
+  }
+
+  /** A client with a key of the caller's choice. */
+  connect(apiKey: string): ClodeiClient {
+    return createClient({ endpoint: this.controlPlane.listening.publicUrl, apiKey, ca: this.#ca });
+  }
+
+  /** Enrolls and starts one more agent. */
+  async addAgent(options: AgentOptions): Promise<TestAgent> {
+    const agent = new TestAgent(join(this.folder, options.name), options, this.engine.socketPath);
+    const spec = { location: options.location ?? madrid, nodeName: options.name };
+    const { token } = await this.operator.nodes.createEnrollmentToken(spec);
+    await agent.enroll(this.controlPlane.listening.publicUrl, token);
+    this.#closing.use(agent);
+    this.agents.set(options.name, agent);
+    await agent.start();
+    return agent;
+  }
+
+  agent(name: string): TestAgent {
+    const agent = this.agents.get(name);
+    if (agent === undefined) throw new Error(`no agent ${name}`);
+    return agent;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#client?.close();
+    this.#operator?.close();
+    await this.#closing.disposeAsync();
+  }
+}
+
+/** The API key in what a command printed. */
+function keyIn(output: string): string {
+  const key = output.match(/clodei_sk_\S+?(?=["\s]|$)/)?.[0];
+  if (key === undefined) throw new Error(`no API key in:\n${output}`);
+  return key;
+}

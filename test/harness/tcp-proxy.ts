@@ -1,0 +1,74 @@
+// A network between two programs of a test, on loopback, that can be cut and that can go silent.
+import { once } from "node:events";
+import { createServer, type Server, Socket } from "node:net";
+
+/** Forwards connections to one place. */
+export class TcpProxy implements AsyncDisposable {
+  readonly #server: Server;
+  readonly #sockets = new Set<Socket>();
+  #silent = false;
+  /** Connections that were made through it. */
+  connections = 0;
+
+  private constructor(target: { readonly host: string; readonly port: number }) {
+    this.#server = createServer((client) => {
+      this.connections++;
+      const server = new Socket();
+      for (const [from, to] of [
+        [client, server],
+        [server, client],
+      ] as const) {
+        this.#sockets.add(from);
+        from.on("error", () => {});
+        from.on("close", () => {
+          this.#sockets.delete(from);
+          to.destroy();
+        });
+        from.pipe(to);
+        // Whoever connects meanwhile meets the silence, too.
+        if (this.#silent) from.pause();
+      }
+      server.connect(target);
+    });
+  }
+
+  /** @param target "host:port" on loopback. */
+  static async start(target: string): Promise<TcpProxy> {
+    const colon = target.lastIndexOf(":");
+    const proxy = new TcpProxy({ host: target.slice(0, colon), port: Number(target.slice(colon + 1)) });
+    proxy.#server.listen(0, "127.0.0.1");
+    await once(proxy.#server, "listening");
+    return proxy;
+  }
+
+  /** Where it listens, under the name that a control plane's certificate has. */
+  get endpoint(): string {
+    const address = this.#server.address();
+    if (address === null || typeof address === "string") throw new Error("the proxy does not listen");
+    return `localhost:${address.port}`;
+  }
+
+  /** Breaks every connection that is open. New ones go through. */
+  cut(): void {
+    for (const socket of this.#sockets) socket.resetAndDestroy();
+  }
+
+  /** Nothing passes any more, in either direction, and nobody is told. */
+  hang(): void {
+    this.#silent = true;
+    for (const socket of this.#sockets) socket.pause();
+  }
+
+  /** What was held back passes, and all that follows. */
+  resume(): void {
+    this.#silent = false;
+    for (const socket of this.#sockets) socket.resume();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    const closed = once(this.#server, "close");
+    this.#server.close();
+    for (const socket of this.#sockets) socket.destroy();
+    await closed;
+  }
+}

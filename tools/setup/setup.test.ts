@@ -1,0 +1,146 @@
+import assert from "node:assert/strict";
+import { execFile, spawn } from "node:child_process";
+import { cpSync, mkdirSync, mkdtempSync, readFileSync, realpathSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { after, test } from "node:test";
+import { setTimeout as wait } from "node:timers/promises";
+import { completeLock } from "./complete-lock.mjs";
+import { dockerSocketOf } from "./docker-socket.mjs";
+import { lockDataFolder, withSetupLock } from "./lock.mjs";
+import { packagesMismatch } from "./packages.mjs";
+import { findProgram, isStatic } from "./system.mjs";
+
+const root = dirname(dirname(import.meta.dirname));
+const temporary = realpathSync(mkdtempSync(join(tmpdir(), "clodei-setup-")));
+
+after(() => rmSync(temporary, { recursive: true, force: true }));
+
+test("two set-ups of one checkout run one after the other", async () => {
+  const order: string[] = [];
+  let waits = 0;
+  const setUp = (name: string): Promise<void> =>
+    withSetupLock(
+      temporary,
+      () => (waits += 1),
+      async () => {
+        order.push(`${name} begins`);
+        await wait(100);
+        order.push(`${name} ends`);
+      },
+    );
+  await Promise.all([setUp("a"), setUp("b"), setUp("c")]);
+  assert.equal(order.length, 6);
+  for (let index = 0; index < order.length; index += 2) {
+    assert.equal(order[index]?.replace("begins", "ends"), order[index + 1]);
+  }
+  assert.equal(waits, 2);
+});
+
+test("a set-up that was killed does not block the next one", async () => {
+  const program = `import { withSetupLock } from ${JSON.stringify(join(import.meta.dirname, "lock.mjs"))};
+    await withSetupLock(${JSON.stringify(temporary)}, () => {}, () => {
+      console.log("held");
+      return new Promise((resolve) => setTimeout(resolve, 60_000));
+    });`;
+  const holder = spawn(process.execPath, ["--input-type=module", "--eval", program], { stdio: ["ignore", "pipe", 2] });
+  await new Promise((resolve) => holder.stdout?.once("data", resolve));
+  const next = withSetupLock(
+    temporary,
+    () => holder.kill("SIGKILL"),
+    () => Promise.resolve("done"),
+  );
+  assert.equal(await next, "done");
+});
+
+test("one start at a time holds a data folder", async () => {
+  using first = await lockDataFolder(temporary);
+  assert.notEqual(first, undefined);
+  assert.equal(await lockDataFolder(temporary), undefined);
+  first?.[Symbol.dispose]();
+  using second = await lockDataFolder(temporary);
+  assert.notEqual(second, undefined);
+});
+
+test("node_modules are installed anew where they are not what the lock says, and only there", () => {
+  assert.equal(packagesMismatch(root), undefined);
+  const copy = join(temporary, "packages");
+  mkdirSync(join(copy, "node_modules"), { recursive: true });
+  cpSync(join(root, "package-lock.json"), join(copy, "package-lock.json"));
+  assert.match(packagesMismatch(copy) ?? "", /no npm packages are installed/u);
+  const installed = readFileSync(join(root, "node_modules/.package-lock.json"), "utf8");
+  const other = join(copy, "node_modules/.package-lock.json");
+  writeFileSync(other, installed);
+  assert.equal(packagesMismatch(copy), undefined);
+  writeFileSync(other, installed.replace(/(node_modules\/dockerode": \{\s+"version": )"5\.0\.1"/u, '$1"5.0.0"'));
+  assert.match(packagesMismatch(copy) ?? "", /node_modules\/dockerode is 5\.0\.0, the lock says 5\.0\.1/u);
+  const cut = JSON.parse(installed) as { packages: Record<string, unknown> };
+  const { "node_modules/pg": _dropped, ...packages } = cut.packages;
+  writeFileSync(other, JSON.stringify({ ...cut, packages }));
+  assert.match(packagesMismatch(copy) ?? "", /node_modules\/pg is not installed/u);
+});
+
+test("a lock that npm left incomplete is completed for every platform, and then stays as it is", () => {
+  const lock = {
+    packages: {
+      "": { optionalDependencies: { "tool-linux-x64": "1.2.3" } },
+      "node_modules/tool": {
+        dev: true,
+        optionalDependencies: {
+          "@tool/binding-linux-arm64-musl": "2.0.0",
+          "@tool/wasm32-wasi": "2.0.0",
+          odd: "^1.0.0",
+        },
+      },
+    } as Record<string, unknown>,
+  };
+  const { added, unknown } = completeLock(lock);
+  assert.deepEqual(added, ["tool-linux-x64@1.2.3", "@tool/binding-linux-arm64-musl@2.0.0", "@tool/wasm32-wasi@2.0.0"]);
+  assert.deepEqual(unknown, ["odd@^1.0.0 (of node_modules/tool)"]);
+  assert.deepEqual(lock.packages["node_modules/@tool/binding-linux-arm64-musl"], {
+    version: "2.0.0",
+    cpu: ["arm64"],
+    dev: true,
+    libc: ["musl"],
+    optional: true,
+    os: ["linux"],
+  });
+  assert.deepEqual(completeLock(lock).added, []);
+});
+
+test("only Docker sockets of this machine are used", () => {
+  assert.deepEqual(dockerSocketOf(undefined), { path: "/var/run/docker.sock", named: false });
+  assert.deepEqual(dockerSocketOf("unix:///run/other.sock"), { path: "/run/other.sock", named: true });
+  assert.match(JSON.stringify(dockerSocketOf("tcp://10.0.0.1:2375")), /refused.*only unix/u);
+});
+
+test(
+  "a statically linked program is told from one that needs libraries",
+  { skip: process.platform !== "linux" },
+  () => {
+    const busybox = findProgram("busybox");
+    if (busybox !== undefined) assert.equal(isStatic(realpathSync(busybox)), true);
+    assert.equal(isStatic(process.execPath), false);
+    assert.equal(isStatic(join(root, "package.json")), false);
+  },
+);
+
+test("the launcher names its commands, refuses others, and each command has help", async () => {
+  const launch = (...parameters: string[]): Promise<{ code: number | null; output: string }> =>
+    new Promise((resolve) => {
+      const child = execFile(
+        process.execPath,
+        [join(root, "tools/run.mjs"), ...parameters],
+        (_error, stdout, stderr) => {
+          resolve({ code: child.exitCode, output: stdout + stderr });
+        },
+      );
+    });
+  assert.match((await launch("--help")).output, /start .*\n.*test .*\n.*check .*\n.*bench .*\n.*generate /u);
+  assert.equal((await launch("strat")).code, 2);
+  for (const command of ["start", "test", "check", "generate"]) {
+    const { code, output } = await launch(command, "--help");
+    assert.equal(code, 0, output);
+    assert.match(output, /^usage: npm/mu);
+  }
+});
