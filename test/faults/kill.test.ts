@@ -6,7 +6,7 @@ import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { InstanceEndedError, type InstanceHandle, InstanceReason, InstanceState } from "@clodei/sdk";
+import { type ClodeiClient, InstanceEndedError, type InstanceHandle, InstanceReason, InstanceState } from "@clodei/sdk";
 import { containerLabels } from "@clodei/proto/node-link";
 import { listContainers, shimsOf } from "../harness/containers.ts";
 import { engineUnavailable } from "../harness/engine.ts";
@@ -20,6 +20,8 @@ const customers = 6;
 /** Longest life of one instance under fire; a restart of everything takes seconds. */
 const lifeTimeoutMs = 120_000;
 const settleMs = 60_000;
+/** What the agent's last process logged is shown with a failure, so far back. */
+const agentLinesShown = 40;
 
 /** What a customer did with an instance, and what must therefore be true of it in the end. */
 interface Life {
@@ -34,9 +36,11 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
   const random = randomFrom(seed);
   const engineKillsMs: number[] = [];
   let system: TestSystem;
+  let client: ClodeiClient;
   before(async () => {
     console.log(`CLODEI_TEST_SEED=${seed}`);
     system = await TestSystem.start({ agents: [{ name: "mad-1", simulateGpus: "4xH100-SXM" }] });
+    client = await system.patientClient();
   });
   after(async () => {
     await system?.[Symbol.asyncDispose]();
@@ -68,7 +72,7 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
       kind === "job"
         ? "echo run >> /workspace/runs; sleep 0.2; exit 0"
         : "echo run >> /workspace/runs; trap 'exit 0' TERM; while :; do sleep 0.1; done";
-    const instance = await system.client.instances.run(
+    const instance = await client.instances.run(
       { image: testImage, command: ["sh", "-c", script], cpuMillis: 50, memoryMib: 16, stopGraceSeconds: 2 },
       wait,
     );
@@ -134,7 +138,9 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
     };
     const outcomes = await Promise.allSettled([killer(), ...Array.from({ length: customers }, (_, n) => customer(n))]);
     for (const outcome of outcomes) {
-      if (outcome.status === "rejected") throw new Error(`seed ${seed}: a life broke`, { cause: outcome.reason });
+      if (outcome.status !== "rejected") continue;
+      const said = system.agent("mad-1").program.output.split("\n").slice(-agentLinesShown).join("\n");
+      throw new Error(`seed ${seed}: a life broke. The agent said last:\n${said}`, { cause: outcome.reason });
     }
 
     await eventually(settleMs, async () => {

@@ -5,7 +5,7 @@ import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { type InstanceHandle, InstanceReason, InstanceState } from "@clodei/sdk";
+import { type ClodeiClient, type InstanceHandle, InstanceReason, InstanceState } from "@clodei/sdk";
 import { engineUnavailable } from "../harness/engine.ts";
 import { eventually } from "../harness/eventually.ts";
 import { randomFrom, testSeed } from "../harness/random.ts";
@@ -56,12 +56,14 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
   const seed = testSeed();
   const random = randomFrom(seed);
   let system: TestSystem;
+  let client: ClodeiClient;
   let proxy: TcpProxy;
   before(async () => {
     console.log(`CLODEI_TEST_SEED=${seed}`);
     system = await TestSystem.start();
     proxy = await TcpProxy.start(system.controlPlane.listening.nodeEndpoint);
     await system.addAgent({ name: "mad-1", nodeEndpoint: proxy.endpoint });
+    client = await system.patientClient();
   });
   after(async () => {
     await system?.[Symbol.asyncDispose]();
@@ -69,7 +71,7 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
   });
 
   const run = (script: string, cpuMillis = 1000) =>
-    system.client.instances.run(
+    client.instances.run(
       { image: testImage, command: ["sh", "-c", script], cpuMillis, memoryMib: 32, stopGraceSeconds: 2 },
       wait,
     );

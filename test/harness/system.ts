@@ -3,7 +3,7 @@
 import { chmod, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { type ClodeiClient, createClient, type EnrollmentTokenSpec } from "@clodei/sdk";
+import { type ClientOptions, type ClodeiClient, createClient, type EnrollmentTokenSpec } from "@clodei/sdk";
 import { importBusybox } from "../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
 import { startTestEngine } from "./engine.ts";
@@ -18,10 +18,10 @@ export const testImage = "docker.io/library/busybox:clodei-test";
 /** Madrid, as most tests have it. */
 export const madrid = { country: "ES", region: "madrid", datacenter: "kumo-1", tier: 4 } as const;
 
-/** Leases in tests are short, so that a test of an absence takes seconds. */
 /** A second or two is usual; a machine that does much else takes many times as long. */
 const startTimeoutMs = 120_000;
 
+/** Leases in tests are short, so that a test of an absence takes seconds. */
 const testTimes = { CLODEI_HEARTBEAT_INTERVAL_MS: "500", CLODEI_LEASE_MS: "3000" };
 
 export interface AgentOptions {
@@ -234,8 +234,17 @@ export class TestSystem implements AsyncDisposable {
   }
 
   /** A client with a key of the caller's choice. */
-  connect(apiKey: string): ClodeiClient {
-    return createClient({ endpoint: this.controlPlane.listening.publicUrl, apiKey, ca: this.#ca });
+  connect(apiKey: string, options: Pick<ClientOptions, "retry"> = {}): ClodeiClient {
+    return createClient({ endpoint: this.controlPlane.listening.publicUrl, apiKey, ca: this.#ca, ...options });
+  }
+
+  /** A client of an organization of its own that goes on asking while the control plane is away for long. */
+  async patientClient(): Promise<ClodeiClient> {
+    const client = this.connect(await this.createOrganization("patient"), {
+      retry: { maxAttempts: 100, maxDelayMs: 1000 },
+    });
+    this.#closing.defer(() => client.close());
+    return client;
   }
 
   /** Enrolls and starts one more agent. */

@@ -1,6 +1,5 @@
 // `npm start`: a control plane, this machine as a node, and a first instance, from nothing; and away again.
 import { spawnSync } from "node:child_process";
-import { mkdir, readdir, realpath, rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { identify, type ProcessIdentity } from "../engine/processes.ts";
 import { watchParent } from "../setup/child.mjs";
@@ -8,6 +7,7 @@ import { lockDataFolder } from "../setup/lock.mjs";
 import { findProgram } from "../setup/system.mjs";
 import type { Child } from "./child.ts";
 import { startControlPlane } from "./control-plane.ts";
+import { claimDataFolder, emptyDataFolder, ForeignFolderError } from "./data-folder.ts";
 import { demoImage, type Engine, provideDemoImage, provideEngine } from "./engine.ts";
 import { runFirstInstance } from "./first-instance.ts";
 import { provideKeys } from "./keys.ts";
@@ -54,8 +54,6 @@ class Notebook {
 }
 
 async function openDataFolder({ dataFolder, reset }: StartOptions): Promise<void> {
-  await mkdir(dataFolder, { recursive: true, mode: 0o755 });
-  // The engine refuses some of its features below folders that others cannot enter; what is secret has its own.
   const note = await readNote(dataFolder);
   if (note !== emptyNote) {
     await step("clearing what a killed start left", () => clearPredecessor(note));
@@ -64,7 +62,7 @@ async function openDataFolder({ dataFolder, reset }: StartOptions): Promise<void
   if (reset) {
     await step(`emptying ${dataFolder}`, async () => {
       await removeOldEngine(dataFolder);
-      for (const name of await readdir(dataFolder)) await rm(join(dataFolder, name), { recursive: true, force: true });
+      await emptyDataFolder(dataFolder);
     });
   }
 }
@@ -118,8 +116,7 @@ async function bringUp(
 
 /** Runs a start to its end, and returns the exit status. */
 async function run(options: StartOptions, stop: AbortSignal): Promise<number> {
-  await mkdir(options.dataFolder, { recursive: true });
-  const dataFolder = await realpath(options.dataFolder);
+  const dataFolder = await claimDataFolder(options.dataFolder);
   using lock = await lockDataFolder(dataFolder);
   if (lock === undefined) {
     console.error(`another start runs in ${dataFolder}; give this one a folder of its own: npm start -- --data DIR`);
@@ -159,6 +156,13 @@ function hasRealGpus(): boolean {
   return status === 0 && stdout.startsWith("GPU ");
 }
 
+/** What is wrong with the command line, for a person; undefined for a fault of ours. */
+function usageError(error: unknown): string | undefined {
+  if (error instanceof ForeignFolderError) return error.message;
+  if (!(error instanceof TypeError) || !("code" in error) || !String(error.code).startsWith("ERR_PARSE_ARGS")) return;
+  return `${error.message}\n\n${startHelp}`;
+}
+
 async function main(): Promise<number> {
   const options = readOptions(process.argv.slice(2), process.env, hasRealGpus);
   if (options === undefined) {
@@ -174,4 +178,11 @@ async function main(): Promise<number> {
   return run(options, stopping.signal);
 }
 
-process.exitCode = await main();
+try {
+  process.exitCode = await main();
+} catch (error) {
+  const usage = usageError(error);
+  if (usage === undefined) throw error;
+  console.error(usage);
+  process.exitCode = 1;
+}

@@ -49,7 +49,7 @@ export function screenOf(screen: Screen): string {
     ["metrics", `${plane.operationsUrl}/metrics`],
     ["CA", plane.caFile],
     ["Docker", engine.what],
-    ["data", `${dataFolder}  (npm start -- --reset empties it)`],
+    ["data", `${dataFolder}  (npm start -- --data ${dataFolder} --reset empties it)`],
     ["logs", `${dataFolder}/logs`],
     ["first run", `${first.instanceId} in ${first.place}`],
     ["its output", first.output],

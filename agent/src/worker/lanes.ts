@@ -121,9 +121,11 @@ export class Lanes {
   #fail(action: Action, error: unknown): void {
     const before = this.#failures.get(action.instanceId);
     const count = (before?.count ?? 0) + 1;
-    // While the engine is away nothing is the attempt's fault.
-    const ownCount = (before?.ownCount ?? 0) + (error instanceof EngineError && error.kind !== "away" ? 1 : 0);
-    const waitMs = Math.min(maxRetryMs, firstRetryMs * 2 ** Math.min(count - 1, 10));
+    // While the engine is away nothing is the attempt's fault, and nothing is planned: once it is back, whoever was
+    // cut off by it goes on at once.
+    const away = error instanceof EngineError && error.kind === "away";
+    const ownCount = (before?.ownCount ?? 0) + (error instanceof EngineError && !away ? 1 : 0);
+    const waitMs = away ? firstRetryMs : Math.min(maxRetryMs, firstRetryMs * 2 ** Math.min(count - 1, 10));
     this.#failures.set(action.instanceId, { count, ownCount, notBeforeMs: performance.now() + waitMs });
     this.#log.warn(
       { instanceId: action.instanceId, attempt: action.attempt, step: action.kind, count, error: messageOf(error) },

@@ -228,6 +228,21 @@ describe("the public listener", () => {
     assert.ok(!listener.lines.some((line) => /"code":"http_[45]/.test(line)));
   });
 
+  test("refuses a field and an enum value that the schema does not know, in JSON, by name", async () => {
+    await using listener = await startTestListener(routes);
+    const headers = { "content-type": "application/json", authorization: admin };
+    const path = "/clodei.v1.InstanceService/CreateInstance";
+    const specs = {
+      countries: { image: "busybox", location: { countries: ["FR"] } },
+      RESTART_POLICY_SOMETIMES: { image: "busybox", restartPolicy: "RESTART_POLICY_SOMETIMES" },
+    };
+    for (const [name, spec] of Object.entries(specs)) {
+      const { status, body } = await sendPlain(listener, { path, headers, body: JSON.stringify({ spec }) });
+      assert.equal(status, 400, body);
+      assert.match(body, new RegExp(name));
+    }
+  });
+
   test("limits how often one address and one caller may ask, and says how long to wait", async () => {
     await using byAddress = await startTestListener(routes, {
       addressLimiter: new RateLimiter({ perSecond: 0.5, burst: 2 }),

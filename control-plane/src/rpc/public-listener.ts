@@ -120,6 +120,8 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
     fallback: (request, response) => answerUnknown(request, response, records.get(request) ?? newRecord(request)),
     acceptCompression: [compressionGzip],
     readMaxBytes,
+    // A mistyped field in JSON is an error: a location constraint that is dropped in silence runs work elsewhere.
+    jsonOptions: { ignoreUnknownFields: false },
     shutdownSignal,
     requestGate: createGate(pipeline),
     interceptors: createInterceptors(pipeline),
