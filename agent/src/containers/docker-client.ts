@@ -2,6 +2,7 @@
 // that tell an engine that is away from one that refuses.
 import { Agent } from "node:http";
 import type { Readable } from "node:stream";
+import { inspect } from "node:util";
 import Docker from "dockerode";
 import { EngineError } from "./engine-error.ts";
 
@@ -31,7 +32,7 @@ export class DockerClient {
       host: undefined,
       port: undefined,
       protocol: "http" as const,
-      agent: new Agent({ keepAlive: false }),
+      agent: new BriefAgent({ keepAlive: false }),
     };
     this.docker = new Docker(options);
   }
@@ -100,6 +101,16 @@ export class DockerClient {
       signal.throwIfAborted();
       throw engineError(what, error);
     }
+  }
+}
+
+/**
+ * dockerode's modem inspects each request's options to all depths for its debug log, also where nobody logs. An agent
+ * leads from there to every open socket: 20 ms of processor time a call.
+ */
+class BriefAgent extends Agent {
+  [inspect.custom](): string {
+    return "Agent";
   }
 }
 

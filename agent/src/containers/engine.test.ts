@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { lstat, readFile } from "node:fs/promises";
+import { lstat, readFile, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { after, before, describe, it } from "node:test";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
@@ -7,7 +7,9 @@ import { type ContainerSpec, ContainerSpecSchema } from "@clodei/proto/gen/clode
 import { InstanceReason, PullPolicy } from "@clodei/proto/gen/clodei/v1/instance";
 import { newId } from "@clodei/proto/ids";
 import { containerLabels, containerName } from "@clodei/proto/node-link";
+import { processesOf } from "../../../test/harness/containers.ts";
 import { engineUnavailable, startTestEngine } from "../../../test/harness/engine.ts";
+import { eventually } from "../../../test/harness/eventually.ts";
 import { callEngine, callEngineJson } from "../../../tools/engine/api.ts";
 import { importBusybox } from "../../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../../tools/engine/private-engine.ts";
@@ -454,6 +456,29 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
     await assert.rejects(waiting, /enough/);
     await assert.rejects(containers.list(stop.signal), /enough/);
     await containers.remove(key, signal);
+  });
+
+  it("ends containers that the engine has forgotten, its own alone", async () => {
+    const elsewhere = make({ workspaceFolder: join(engine.folder, "workspaces-of-another"), nodeId: newId("nod") });
+    const [forgotten, known] = [await run(spec("sleep 1000")), await run(spec("sleep 1000"))];
+    const others = newKey();
+    const othersId = await prepare(others, spec("sleep 1000"), elsewhere);
+    await elsewhere.start(others, signal);
+    await engine.kill();
+    for (const id of [forgotten.id, othersId])
+      await rm(join(engine.folder, "data", "containers", id), { recursive: true });
+    await engine.startDaemon();
+    assert.equal((await processesOf(forgotten.id)).length, 1, "what the engine does not know runs on");
+    // It made none of them itself: what it finds, it finds by the workspace.
+    assert.equal(await make().clearStrays(signal), 1);
+    await eventually(5000, async () => assert.deepEqual(await processesOf(forgotten.id), []));
+    assert.equal((await processesOf(known.id)).length, 1);
+    assert.equal((await processesOf(othersId)).length, 1);
+    assert.equal(await elsewhere.clearStrays(signal), 1);
+    assert.equal((await make().clearStrays(signal)) + (await elsewhere.clearStrays(signal)), 0);
+    await containers.remove(known, signal);
+    await containers.removeNetwork(forgotten.instanceId, signal);
+    await elsewhere.removeNetwork(others.instanceId, signal);
   });
 
   it("removes containers with its label that name no attempt", async () => {

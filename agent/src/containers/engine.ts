@@ -23,7 +23,7 @@ import { NodeContainers, unless } from "./node-containers.ts";
 import { hasRun, type ObservedContainer, observedContainer, timeOf } from "./observed.ts";
 import type { PullBytes } from "./pull.ts";
 import type { RegistryAuth } from "./registry-auth.ts";
-import { clearStart, type StartTrace, traceOfStart } from "./start-trace.ts";
+import { clearStart, shimsOfNode, type StartTrace, traceOfStart } from "./start-trace.ts";
 import { Workspaces } from "./workspace.ts";
 
 /** Processes and threads of one container. PyTorch with many loaders uses some hundreds. */
@@ -35,6 +35,8 @@ const noResolver = ["127.0.0.1"];
 const defaultNetworkPool = "10.213.0.0/16";
 /** Looks at containers run so many at a time. */
 const inspectConcurrency = 8;
+/** Ids of containers that were there are remembered so far back. */
+const maxSeenIds = 4096;
 
 export interface ContainerEngineOptions {
   readonly socketPath: string;
@@ -80,6 +82,9 @@ export class ContainerEngine {
   readonly #images: Images;
   readonly #networks: InstanceNetworks;
   readonly #workspaces: Workspaces;
+  readonly #workspaceFolder: string;
+  /** Ids of this node's containers, the latest seen last: also of those that are gone. */
+  readonly #seenIds = new Set<string>();
   #rootFolder: string | undefined;
 
   constructor(options: ContainerEngineOptions) {
@@ -95,6 +100,7 @@ export class ContainerEngine {
     this.#images = new Images(this.#client, options.registryAuth);
     this.#networks = new InstanceNetworks(this.#client, options.nodeId, options.networkPool ?? defaultNetworkPool);
     this.#workspaces = new Workspaces(options.workspaceFolder);
+    this.#workspaceFolder = options.workspaceFolder;
   }
 
   /** Whether the engine answers and is one that containers can be trusted to. Throws EngineError where not. */
@@ -130,6 +136,7 @@ export class ContainerEngine {
   /** This node's containers, in whatever state. */
   async list(signal: AbortSignal): Promise<ObservedContainer[]> {
     const ids = await this.#containers.ids({}, signal);
+    this.#noteSeen(ids);
     const observed: (ObservedContainer | undefined)[] = [];
     for (let begin = 0; begin < ids.length; begin += inspectConcurrency) {
       const inspected = ids.slice(begin, begin + inspectConcurrency).map((id) => this.#containers.inspect(id, signal));
@@ -166,6 +173,7 @@ export class ContainerEngine {
     const workspace = await this.#workspaces.ensure(key.instanceId);
     const body = containerBody(this.#settings, key, generation, spec, image.imageId, workspace);
     const container = await this.#createOrAdopt(key, body, network, signal);
+    this.#noteSeen([container.id]);
     const user = await resolveImageUser(image.user, () => this.#readPasswd(container.id, signal));
     if (!container.ran) await this.#workspaces.own(key.instanceId, user);
     await network;
@@ -258,6 +266,21 @@ export class ContainerEngine {
   }
 
   /**
+   * Ends what is left of containers of this node that the engine does not know: an engine that was killed while it
+   * started one can leave its shim, and its program. Returns how many there were.
+   */
+  async clearStrays(signal: AbortSignal): Promise<number> {
+    let cleared = 0;
+    for (const containerId of shimsOfNode(this.#workspaceFolder, this.#seenIds)) {
+      // Asked after its shim was seen: what the engine began since is there when it answers.
+      if ((await this.#containers.inspect(containerId, signal)) !== undefined) continue;
+      await clearStart(containerId);
+      cleared += 1;
+    }
+    return cleared;
+  }
+
+  /**
    * Names attempts whose containers changed: look again. Ends when the signal is aborted, and throws EngineError when
    * the engine goes away; what happened meanwhile is not repeated.
    */
@@ -295,6 +318,17 @@ export class ContainerEngine {
       const condition = hasRun(container) ? "not-running" : "next-exit";
       const path = `/containers/${name}/wait?condition=${condition}`;
       await this.#client.wait("wait for the container", path, signal).catch(unless(404));
+    }
+  }
+
+  #noteSeen(ids: readonly string[]): void {
+    for (const id of ids) {
+      this.#seenIds.delete(id);
+      this.#seenIds.add(id);
+    }
+    for (const id of this.#seenIds) {
+      if (this.#seenIds.size <= maxSeenIds) return;
+      this.#seenIds.delete(id);
     }
   }
 

@@ -48,6 +48,26 @@ export async function clearStart(containerId: string): Promise<void> {
   }
 }
 
+/**
+ * The node's containers of which a shim is there: those that are known, and those whose workspace can be seen to lie
+ * below the folder. A shim that a killed engine was about to start can appear after everything of its container was
+ * cleared away, and would stay for ever, with whatever it starts.
+ */
+export function shimsOfNode(workspaceFolder: string, known: ReadonlySet<string>): string[] {
+  return processes().flatMap((pid) => {
+    const containerId = shimContainer(pid);
+    if (containerId === undefined) return [];
+    return known.has(containerId) || hasMountBelow(pid, workspaceFolder) ? [containerId] : [];
+  });
+}
+
+/** Whether the task's configuration, which lies in the folder where its shim works, mounts something below the folder. */
+function hasMountBelow(shim: number, folder: string): boolean {
+  const taskFolder = linkTarget(`/proc/${shim}/cwd`);
+  if (taskFolder === undefined) return false;
+  return read(join(taskFolder, "config.json")).includes(`"source":${JSON.stringify(`${folder}/`).slice(0, -1)}`);
+}
+
 /** Halts the container's processes and returns them once none of them moves. */
 async function haltedProcesses(containerId: string): Promise<number[]> {
   const deadline = performance.now() + signalTimeoutMs;
@@ -77,10 +97,15 @@ function processesOf(containerId: string): number[] {
 }
 
 function shimsOf(containerId: string): number[] {
-  return processes().filter((pid) => {
-    const [program = "", ...args] = read(`/proc/${pid}/cmdline`).split("\0");
-    return basename(program).startsWith("containerd-shim") && args[args.indexOf("-id") + 1] === containerId;
-  });
+  return processes().filter((pid) => shimContainer(pid) === containerId);
+}
+
+/** The container that the process is a shim of; undefined where it is none. */
+function shimContainer(pid: number): string | undefined {
+  const [program = "", ...args] = read(`/proc/${pid}/cmdline`).split("\0");
+  if (!basename(program).startsWith("containerd-shim")) return undefined;
+  const id = args[args.indexOf("-id") + 1];
+  return id !== undefined && /^[0-9a-f]{64}$/.test(id) ? id : undefined;
 }
 
 function processes(): number[] {

@@ -34,7 +34,7 @@ const lookEveryMs = 5000;
 /** While the engine is away. */
 const lookWhenAwayMs = 1000;
 /** Networks and folders that nobody needs are looked for this often. */
-const sweepEveryMs = 60_000;
+const sweepEveryMs = 15_000;
 /** So long an ending worker waits for the engine to let go of what was asked of it. */
 const shutdownMs = 10_000;
 /** An event storm (a container that writes its health each millisecond) must not make a storm of looks. */
@@ -352,6 +352,8 @@ export class Worker {
     try {
       const removed = await engine.removeNameless(signal);
       if (removed > 0) log.warn({ removed }, "removed containers that named no attempt");
+      const cleared = await engine.clearStrays(signal);
+      if (cleared > 0) log.warn({ cleared }, "ended what was left of containers that the engine does not know");
       for (const instanceId of await engine.leftovers(signal)) {
         const needed =
           this.#lanes.busy().has(instanceId) || this.#observed.some((container) => container.instanceId === instanceId);
