@@ -17,6 +17,8 @@ import { lostEnd, lostStart } from "./lost.ts";
 
 const killsOfEach = 10;
 const customers = 6;
+/** Each customer has so many instances at least, however slow the machine is. */
+const leastLives = 3;
 /** Longest life of one instance under fire; a restart of everything takes seconds. */
 const lifeTimeoutMs = 120_000;
 const settleMs = 60_000;
@@ -116,7 +118,7 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
     const lives: Life[] = [];
     const kinds: readonly Life["kind"][] = ["job", "stopped", "job", "restarted", "job", "left running"];
     const customer = async (number: number): Promise<void> => {
-      for (let index = number; killing; index++) {
+      for (let index = number; killing || index - number < leastLives; index++) {
         const kind = kinds[index % kinds.length] ?? "job";
         const life = await live(kind);
         lives.push(life);

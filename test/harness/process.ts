@@ -2,6 +2,8 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
 
+const endWithParent = new URL("end-with-parent.mjs", import.meta.url).href;
+
 /** How much of a process's output is kept for the message of a failed test. */
 const keptOutputCharacters = 64_000;
 
@@ -25,7 +27,7 @@ export class Program implements AsyncDisposable {
 
   constructor(options: ProgramOptions) {
     this.name = options.name;
-    this.#child = spawn(process.execPath, options.args, {
+    this.#child = spawn(process.execPath, ["--import", endWithParent, ...options.args], {
       // Nothing of the surrounding environment but what a program needs to be found and to be readable.
       env: { PATH: process.env["PATH"] ?? "", HOME: process.env["HOME"] ?? "/root", ...options.env },
       stdio: ["pipe", "pipe", "pipe"],

@@ -1,7 +1,6 @@
 // A whole Clodei for a test: a Docker engine of its own, the control plane with its embedded database, enrolled
 // agents, all as real processes with all data in one temporary folder, and the clients of a customer and an operator.
-import { chmod, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { mkdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type ClientOptions, type ClodeiClient, createClient, type EnrollmentTokenSpec } from "@clodei/sdk";
 import { importBusybox } from "../../tools/engine/busybox.ts";
@@ -188,12 +187,12 @@ export class TestSystem implements AsyncDisposable {
 
   /** Starts an engine with the test image, a control plane, and agents that are connected. */
   static async start(options: SystemOptions = {}): Promise<TestSystem> {
-    const folder = await mkdtemp(join(tmpdir(), "clodei-system-"));
-    await chmod(folder, 0o755);
     const closing = new AsyncDisposableStack();
-    closing.defer(() => rm(folder, { recursive: true, force: true }));
     try {
       const engine = closing.use(await startTestEngine());
+      // In the engine's folder, which goes with it, also when this process is killed.
+      const folder = join(engine.folder, "system");
+      await mkdir(folder, { mode: 0o755 });
       await importBusybox(engine.socketPath, testImage);
       const controlPlane = new TestControlPlane(join(folder, "control-plane"), options.controlPlaneEnv ?? {});
       closing.use(controlPlane);

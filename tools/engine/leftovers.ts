@@ -20,7 +20,9 @@ export async function removeLeftovers(note: EngineNote): Promise<void> {
   const namespaces = await readdir("/run/netns").catch((): string[] => []);
   if (namespaces.includes(layout.namespace)) await runTool("ip", "netns", "delete", layout.namespace);
   await rm(layout.runFolder, { recursive: true, force: true });
-  await rm(note.temporary ? layout.folder : noteFile(layout.folder), { recursive: true, force: true });
+  // Others that end with the engine's owner may still be writing into its folder.
+  const retries = { maxRetries: 20, retryDelay: 100 };
+  await rm(note.temporary ? layout.folder : noteFile(layout.folder), { recursive: true, force: true, ...retries });
 }
 
 async function unmountBelow(folders: readonly string[]): Promise<void> {
