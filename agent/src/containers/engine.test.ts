@@ -13,6 +13,7 @@ import { eventually } from "../../../test/harness/eventually.ts";
 import { callEngine, callEngineJson } from "../../../tools/engine/api.ts";
 import { importBusybox } from "../../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../../tools/engine/private-engine.ts";
+import { runTool } from "../../../tools/engine/shell.ts";
 import { type AttemptKey, networkName } from "./container-body.ts";
 import { EngineError, type EngineErrorKind } from "./engine-error.ts";
 import { ContainerEngine, type ContainerEngineOptions, type StartedContainer } from "./engine.ts";
@@ -455,6 +456,23 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
     stop.abort(new Error("enough"));
     await assert.rejects(waiting, /enough/);
     await assert.rejects(containers.list(stop.signal), /enough/);
+    await containers.remove(key, signal);
+  });
+
+  it("takes a container that never ran, and whose removal was cut off, for one that never ran", async () => {
+    const key = newKey();
+    const id = await prepare(key, spec("sleep 100"));
+    const folder = join(engine.folder, "data", "containers", id);
+    await runTool("chattr", "+i", folder);
+    try {
+      await assert.rejects(containers.discard(key, signal), fails("failed"));
+    } finally {
+      await runTool("chattr", "-i", folder);
+    }
+    assert.equal(at(await inspect(id), "State", "Dead"), true);
+    assert.equal((await observe(key))?.state, "created");
+    await containers.discard(key, signal);
+    assert.equal(await observe(key), undefined);
     await containers.remove(key, signal);
   });
 

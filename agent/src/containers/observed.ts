@@ -9,7 +9,8 @@ import { isEndLost } from "./lost-end.ts";
 export type ObservedContainer = AttemptKey & {
   readonly containerId: string;
   readonly generation: bigint;
-  readonly state: "created" | "running" | "exited" | "dead";
+  /** One whose removal was cut off is what it was before. */
+  readonly state: "created" | "running" | "exited";
   /** How the process ended; undefined until it did, and where the engine lost it. */
   readonly exitCode: number | undefined;
   readonly oomKilled: boolean;
@@ -30,7 +31,7 @@ export function observedContainer(container: ContainerInspectInfo): ObservedCont
   if (key === undefined) return undefined;
   const generation = container.Config.Labels[containerLabels.generation] ?? "";
   const ran = hasRun(container);
-  const state = container.State.Running ? "running" : container.State.Dead ? "dead" : ran ? "exited" : "created";
+  const state = container.State.Running ? "running" : ran ? "exited" : "created";
   const finishTime = container.State.Running ? undefined : timeOf(container.State.FinishedAt);
   const { ExitCode: exitCode } = container.State;
   return {

@@ -267,11 +267,7 @@ export class Worker {
         : new Map([...this.#desired].map(([id, instance]) => [id, desiredAttempt(id, instance, nowMs - wallMs)]));
     return {
       desired,
-      observed: this.#observed.map(({ instanceId, attempt, state }) => ({
-        instanceId,
-        attempt,
-        state: state === "dead" ? "exited" : state,
-      })),
+      observed: this.#observed.map(({ instanceId, attempt, state }) => ({ instanceId, attempt, state })),
       remembered: this.#book.all().map((record) => ({
         ...record,
         gpuUuids: record.spec?.gpuUuids ?? [],
