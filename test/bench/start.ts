@@ -1,5 +1,6 @@
 // From the SDK's call to RUNNING seen by the SDK, against the Docker calls that the agent makes for it (network,
-// container, start, with the same bodies) made by dockerode alone, one round of each in turn.
+// container, start, with the same bodies) made by dockerode alone. Each round has one of ours between two bare ones: how
+// far those two lie apart is the machine's own noise, and no difference that is smaller says anything.
 import Docker from "dockerode";
 import type { ContainerSpec } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { ContainerSpecSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
@@ -85,6 +86,11 @@ async function startBare(
   return elapsed;
 }
 
+/** Of two series, pair by pair. */
+function differences(of: readonly number[], to: readonly number[]): number[] {
+  return of.map((value, index) => value - (to[index] ?? Number.NaN));
+}
+
 /** Runs the bench. */
 export async function benchStart(): Promise<Figure[]> {
   await using system = await TestSystem.start({
@@ -105,18 +111,21 @@ export async function benchStart(): Promise<Figure[]> {
   });
   const ours: number[] = [];
   const bare: number[] = [];
+  const bareAgain: number[] = [];
   for (let round = -warmUpRounds; round < rounds; round++) {
-    const oursMs = await startInstance(system);
     const bareMs = await startBare(docker, settings, message, workspace);
+    const oursMs = await startInstance(system);
+    const bareAgainMs = await startBare(docker, settings, message, workspace);
     if (round < 0) continue;
     ours.push(oursMs);
     bare.push(bareMs);
+    bareAgain.push(bareAgainMs);
     if (process.stderr.isTTY) process.stderr.write(`\rround ${round + 1} of ${rounds}`);
   }
-  const [value, baseline] = [quantile(ours, 0.5), quantile(bare, 0.5)];
+  const [value, baseline] = [quantile(ours, 0.5), quantile([...bare, ...bareAgain], 0.5)];
   const ratio = value / baseline;
-  const overheads = ours.map((oursMs, index) => oursMs - (bare[index] ?? Number.NaN));
-  const overheadMs = quantile(overheads, 0.95);
+  const overheadMs = quantile(differences(ours, bare), 0.95);
+  const noiseMs = quantile(differences(bareAgain, bare), 0.95);
   return [
     {
       bench: "start",
@@ -133,8 +142,9 @@ export async function benchStart(): Promise<Figure[]> {
       metric: "overhead_p95_ms",
       value: rounded(overheadMs),
       unit: "ms",
-      baseline: null,
-      ratio: null,
+      // What Docker alone shows where nothing of ours is between: with more than the goal, the machine cannot show it.
+      baseline: rounded(noiseMs),
+      ratio: rounded(overheadMs / noiseMs),
       goal: `<= ${overheadGoalMs}`,
       ok: overheadMs <= overheadGoalMs,
     },

@@ -75,7 +75,7 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
 
   async function prepare(key: AttemptKey, what: ContainerSpec, by = containers): Promise<string> {
     const local = await by.ensureImage(what.image, PullPolicy.NEVER, () => {}, signal);
-    return by.create(key, 7n, what, local, signal);
+    return (await by.create(key, 7n, what, local, signal)).id;
   }
 
   async function run(

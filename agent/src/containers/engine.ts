@@ -61,6 +61,13 @@ export interface EngineInfo {
   readonly appArmor: boolean;
 }
 
+/** A container that was created. */
+export interface CreatedContainer {
+  readonly id: string;
+  /** Whether it was there already, and had been started. */
+  readonly ran: boolean;
+}
+
 /** A container that was started. */
 export interface StartedContainer {
   readonly startTime: Date;
@@ -159,17 +166,26 @@ export class ContainerEngine {
     return this.#images.ensure(image, policy, onProgress, signal);
   }
 
-  /** Makes network, workspace and container of an attempt, where they are not there already, and returns the container's id. */
+  /**
+   * Makes the instance's network, where it is not there already. It takes longest of all that comes before a start: it
+   * is begun first, and `create` waits for it.
+   */
+  ensureNetwork(instanceId: InstanceId, signal: AbortSignal): Promise<void> {
+    const network = this.#networks.ensure(instanceId, signal);
+    // A failure of what is done meanwhile must not leave this one's unheard.
+    network.catch(() => {});
+    return network;
+  }
+
+  /** Makes workspace and container of an attempt, where they are not there already. */
   async create(
     key: AttemptKey,
     generation: bigint,
     spec: ContainerSpec,
     image: LocalImage,
     signal: AbortSignal,
-  ): Promise<string> {
-    const network = this.#networks.ensure(key.instanceId, signal);
-    // It is awaited below; a failure of what comes before must not leave it unheard.
-    network.catch(() => {});
+    network = this.ensureNetwork(key.instanceId, signal),
+  ): Promise<CreatedContainer> {
     const workspace = await this.#workspaces.ensure(key.instanceId);
     const body = containerBody(this.#settings, key, generation, spec, image.imageId, workspace);
     const container = await this.#createOrAdopt(key, body, network, signal);
@@ -177,18 +193,18 @@ export class ContainerEngine {
     const user = await resolveImageUser(image.user, () => this.#readPasswd(container.id, signal));
     if (!container.ran) await this.#workspaces.own(key.instanceId, user);
     await network;
-    return container.id;
+    return container;
   }
 
   /**
    * Starts an attempt's container, once: one that has run already is not run again. Reads back its isolation; a
    * container whose isolation is not what it must be is killed. Throws EngineError: start_failed, policy.
+   *
+   * @param created As `create` returned it just now; otherwise the engine is asked.
    */
-  async start(key: AttemptKey, signal: AbortSignal): Promise<StartedContainer> {
-    const name = containerName(key.instanceId, key.attempt);
-    const before = await this.#containers.get(key, signal);
-    if (hasRun(before)) return this.#started(key, before, signal);
-    await this.#start(key, name, signal);
+  async start(key: AttemptKey, signal: AbortSignal, created?: CreatedContainer): Promise<StartedContainer> {
+    const { id, ran } = created ?? (await this.#lookCreated(key, signal));
+    if (!ran) await this.#start(key, id, signal);
     return this.#started(key, await this.#containers.get(key, signal), signal);
   }
 
@@ -349,7 +365,7 @@ export class ContainerEngine {
     body: Docker.ContainerCreateOptions,
     network: Promise<void>,
     signal: AbortSignal,
-  ) {
+  ): Promise<CreatedContainer> {
     const name = containerName(key.instanceId, key.attempt);
     // Twice at most: the second time after a container of another specification was taken away.
     for (;;) {
@@ -390,10 +406,15 @@ export class ContainerEngine {
     }
   }
 
-  async #start(key: AttemptKey, name: string, signal: AbortSignal): Promise<void> {
+  async #lookCreated(key: AttemptKey, signal: AbortSignal): Promise<CreatedContainer> {
+    const container = await this.#containers.get(key, signal);
+    return { id: container.Id, ran: hasRun(container) };
+  }
+
+  async #start(key: AttemptKey, containerId: string, signal: AbortSignal): Promise<void> {
     const start = () =>
       this.#containers.change("start the container", signal, 0, async (docker, abortSignal) => {
-        await docker.getContainer(name).start({ abortSignal });
+        await docker.getContainer(containerId).start({ abortSignal });
       });
     try {
       await start();

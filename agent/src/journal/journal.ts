@@ -332,12 +332,16 @@ export class Journal implements Disposable {
   #truncateQuietly(): void {
     this.#acknowledgeTimer = undefined;
     try {
+      // Not flushed: if it is lost, what was acknowledged is reported once more.
+      this.#database.exec("pragma synchronous = normal");
       this.#transaction(() => {
         this.#database.prepare("delete from entries where sequence <= ?").run(this.#acknowledged);
         this.#saveText("acknowledged", this.#acknowledged.toString());
       });
     } catch {
       // The failure is noted, and the next acknowledgment tries again.
+    } finally {
+      this.#database.exec("pragma synchronous = full");
     }
   }
 

@@ -9,7 +9,7 @@ import { InstanceReason } from "@clodei/proto/gen/clodei/v1/instance";
 import type { InstanceId } from "@clodei/proto/ids";
 import type { Logger } from "pino";
 import { EngineError } from "../containers/engine-error.ts";
-import type { ContainerEngine } from "../containers/engine.ts";
+import type { ContainerEngine, CreatedContainer } from "../containers/engine.ts";
 import type { ObservedContainer } from "../containers/observed.ts";
 import { messageOf } from "../error-reason.ts";
 import type { AttemptRecord, StopReason } from "../journal/attempt-table.ts";
@@ -88,7 +88,7 @@ export class Executor {
   }
 
   async #start(key: AttemptKey, signal: AbortSignal): Promise<void> {
-    const { book, judge, wishFor, observed } = this.#options;
+    const { engine, book, judge, wishFor, observed } = this.#options;
     const wish = wishFor(key);
     // What was validated and created is what runs, whatever a later set says about the same attempt.
     const spec = book.get(key)?.spec ?? wish?.spec;
@@ -101,13 +101,26 @@ export class Executor {
     }
     const refusal = judge.refusalOf(spec);
     if (refusal !== undefined) return this.#end(key, refusal);
+    let network: Promise<void> | undefined;
     try {
       if (observed(key) !== undefined) await this.#clearUnstarted(key, signal);
-      const image = await this.#create(key, spec, wish.generation, signal);
-      await this.#run(key, image, signal);
+      network = engine.ensureNetwork(key.instanceId, signal);
+      const { image, container } = await this.#create(key, spec, wish.generation, network, signal);
+      await this.#run(key, image, container, signal);
     } catch (error) {
       if (!(error instanceof EngineError) || !isFinal(error)) throw error;
       this.#end(key, { reason: error.reason, message: error.message });
+      if (observed(key) === undefined) await this.#dropNetwork(key, network, signal);
+    }
+  }
+
+  /** Nothing will use it. What fails here is left to the sweep. */
+  async #dropNetwork(key: AttemptKey, network: Promise<void> | undefined, signal: AbortSignal): Promise<void> {
+    try {
+      await network;
+      await this.#options.engine.removeNetwork(key.instanceId, signal);
+    } catch (error) {
+      this.#options.log.debug({ instanceId: key.instanceId, error: messageOf(error) }, "a network was left");
     }
   }
 
@@ -131,23 +144,28 @@ export class Executor {
     await engine.discard(key, signal);
   }
 
-  async #create(key: AttemptKey, spec: ContainerSpec, generation: bigint, signal: AbortSignal): Promise<StatusPart> {
+  async #create(
+    key: AttemptKey,
+    spec: ContainerSpec,
+    generation: bigint,
+    network: Promise<void>,
+    signal: AbortSignal,
+  ): Promise<{ readonly image: StatusPart; readonly container: CreatedContainer }> {
     const { engine, book } = this.#options;
     // Whoever follows the logs from now on waits for them instead of being told that there are none.
     await this.#options.collectors.expect(key);
     const image = await engine.ensureImage(spec.image, spec.pullPolicy, this.#progressOf(key), signal);
     const part: StatusPart = { imageId: image.imageId, imageDigest: image.digest ?? "" };
     book.change(key, { spec }, AttemptPhase.CREATING, part);
-    await engine.create(key, generation, spec, image, signal);
-    return part;
+    return { image: part, container: await engine.create(key, generation, spec, image, signal, network) };
   }
 
-  async #run(key: AttemptKey, image: StatusPart, signal: AbortSignal): Promise<void> {
+  async #run(key: AttemptKey, image: StatusPart, container: CreatedContainer, signal: AbortSignal): Promise<void> {
     const { engine, book, clock } = this.#options;
     const beforeMs = BigInt(Math.floor(clock.nowMs()));
     // The mark of the start, on the disk before the engine is asked: from now on a missing container is a lost one.
     book.change(key, { phase: "starting", bootId: clock.bootId, meteredMs: beforeMs });
-    const { startTime, isolation } = await engine.start(key, signal);
+    const { startTime, isolation } = await engine.start(key, signal, container);
     this.#markRunning(key, startTime, { ...image, ...isolationPart(isolation) });
   }
 

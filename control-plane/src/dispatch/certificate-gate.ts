@@ -6,7 +6,7 @@ import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import type { NodeId } from "@clodei/proto/ids";
 import type { CertificateCheck, NodesService } from "../nodes/service.ts";
 import type { Clock } from "../platform/clock.ts";
-import type { Database } from "../platform/database.ts";
+import type { Database, SystemTx } from "../platform/database.ts";
 import type { DispatchLimits } from "./limits.ts";
 
 /** Who is at the other end, as the certificate of its TLS connection says. */
@@ -44,16 +44,16 @@ export class CertificateGate {
     if (remembered !== undefined && performance.now() - remembered.atMs < this.#limits.certificateCacheMs) {
       return this.#judge(peer, remembered.check);
     }
-    await this.refresh([peer]);
+    await this.#database.system((tx) => this.refresh(tx, [peer]));
     return this.#judge(peer, this.#remembered.get(peer.certificateSerial)?.check);
   }
 
-  /** Asks the database about all of these at once. */
-  async refresh(peers: readonly Peer[]): Promise<void> {
+  /** Asks the database about all of these at once. `tx` must not have read anything before: its view would be older. */
+  async refresh(tx: SystemTx, peers: readonly Peer[]): Promise<void> {
     const serials = [...new Set(peers.map((peer) => peer.certificateSerial))];
     // Taken before the question: an answer is as old as the moment in which it was asked for.
     const atMs = performance.now();
-    const checks = await this.#database.system((tx) => this.#nodes.checkCertificates(tx, serials));
+    const checks = await this.#nodes.checkCertificates(tx, serials);
     if (this.#remembered.size + serials.length > this.#limits.maxCachedCertificates) this.#remembered.clear();
     for (const serial of serials) this.#remembered.set(serial, { check: checks.get(serial), atMs });
   }

@@ -146,7 +146,6 @@ export class SessionKeeper implements AsyncDisposable {
   async #pass(nodeIds: readonly NodeId[], full: boolean): Promise<void> {
     const sessions = nodeIds.flatMap((nodeId) => this.#held.get(nodeId)?.session ?? []).filter(isLive);
     if (sessions.length === 0) return;
-    await this.#options.gate.refresh(sessions.map((session) => session.link.peer));
     const { rows, sets } = await this.#read(sessions);
     for (const session of sessions) {
       const refusal = await this.#options.gate.refusal(session.link.peer);
@@ -164,6 +163,8 @@ export class SessionKeeper implements AsyncDisposable {
     const { database, nodes, instances } = this.#options;
     return database.system(
       async (tx) => {
+        const peers = sessions.map((session) => session.link.peer);
+        await this.#options.gate.refresh(tx, peers);
         const nodeIds = sessions.map((session) => session.nodeId);
         const rows = new Map((await readSessions(tx, nodeIds)).map((row) => [row.nodeId, row]));
         const generations = await nodes.desiredGenerations(tx, nodeIds);
@@ -175,7 +176,7 @@ export class SessionKeeper implements AsyncDisposable {
           if (session.reconcileAfter !== undefined) continue;
           // A session that is no longer the node's learns nothing more.
           if (rows.get(session.nodeId)?.sessionId !== session.id) continue;
-          sets.set(session, await instances.desiredSet(tx, session.nodeId));
+          sets.set(session, await instances.desiredSet(tx, session.nodeId, generation));
         }
         return { rows, sets };
       },

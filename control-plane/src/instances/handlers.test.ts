@@ -13,7 +13,7 @@ import {
 import { BadRequestSchema, ErrorInfoSchema, QuotaFailureSchema } from "@clodei/proto/gen/google/rpc/error_details";
 import { newId } from "@clodei/proto/ids";
 import pg from "pg";
-import { addNode, createCustomer, type Fixture, reportPhase, startFixture } from "./test-fixture.ts";
+import { addNode, createCustomer, type Fixture, readDesiredSet, reportPhase, startFixture } from "./test-fixture.ts";
 
 let fixture: Fixture;
 before(async () => {
@@ -356,7 +356,7 @@ describe("commands", () => {
     await reportPhase(fixture, nodeId, first, AttemptPhase.ENDED, { exitCode: 1 });
     assert.equal((await get())?.state, InstanceState.RUNNING);
     await client.deleteInstance({ instanceId });
-    const desired = await fixture.db.database.system((tx) => fixture.instances.desiredSet(tx, nodeId));
+    const desired = await readDesiredSet(fixture, nodeId);
     const wished = desired.instances.find((each) => each.instanceId === instanceId);
     assert.equal(wished?.state, DesiredState.REMOVED);
     await reportPhase(fixture, nodeId, second, AttemptPhase.ENDED, {
@@ -365,7 +365,7 @@ describe("commands", () => {
     });
     await reportPhase(fixture, nodeId, second, AttemptPhase.REMOVED);
     assert.equal((await get())?.state, InstanceState.DELETED);
-    const after = await fixture.db.database.system((tx) => fixture.instances.desiredSet(tx, nodeId));
+    const after = await readDesiredSet(fixture, nodeId);
     assert.ok(!after.instances.some((each) => each.instanceId === instanceId));
     assert.ok(after.generation > desired.generation);
     const free = await fixture.db.database.system((tx) => fixture.placement.nodeAllocations(tx, [nodeId]));

@@ -10,7 +10,7 @@ import type { SystemTx, TenantTx } from "../platform/database.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
 import { draftOf, type Outcome } from "./attempts.ts";
 import { desiredOf, holdsAllocation, isSameDesired, type Instance } from "./model.ts";
-import { insertEvents, insertInstance, updateInstance } from "./store.ts";
+import { insertInstance, updateInstance } from "./store.ts";
 import { type Actor, toInstanceMessage } from "./wire.ts";
 
 /** What a recorder needs. */
@@ -44,8 +44,8 @@ export class Recorder<T extends TenantTx | SystemTx> {
       eventCount: before.eventCount + BigInt(events.length),
       updateTime: this.#now,
     };
-    await updateInstance(tx, next, before.version);
-    await insertEvents(tx, next, before.eventCount + 1n, events, actor, this.#now);
+    const firstSequence = before.eventCount + 1n;
+    await updateInstance(tx, next, before.version, { firstSequence, events, actor, time: this.#now });
     await this.#publish(next);
     const isFreed = holdsAllocation(before) && !holdsAllocation(next);
     if (isFreed) {
@@ -61,8 +61,8 @@ export class Recorder<T extends TenantTx | SystemTx> {
 
   /** Records a new instance. */
   async create(this: Recorder<TenantTx>, instance: Instance, actor: Actor): Promise<void> {
-    await insertInstance(this.#tx, instance);
-    await insertEvents(this.#tx, instance, 1n, [draftOf(instance)], actor, this.#now);
+    const events = [draftOf(instance)];
+    await insertInstance(this.#tx, instance, { firstSequence: 1n, events, actor, time: this.#now });
     await this.#publish(instance);
     this.#hint("placement");
   }

@@ -6,7 +6,7 @@ import { InstanceReason, InstanceState, RestartPolicy, type InstanceSpec } from 
 import { newId, type NodeId } from "@clodei/proto/ids";
 import pg from "pg";
 import { startScheduler } from "./scheduler.ts";
-import { addNode, createCustomer, type Fixture, reportPhase, startFixture } from "./test-fixture.ts";
+import { addNode, createCustomer, type Fixture, readDesiredSet, reportPhase, startFixture } from "./test-fixture.ts";
 
 let fixture: Fixture;
 before(async () => {
@@ -73,7 +73,7 @@ async function run(nodeId: NodeId, spec: SpecInit = {}): Promise<string> {
 }
 
 async function wishFor(nodeId: NodeId, instanceId: string) {
-  const { instances } = await fixture.db.database.system((tx) => fixture.instances.desiredSet(tx, nodeId));
+  const { instances } = await readDesiredSet(fixture, nodeId);
   return instances.find((each) => each.instanceId === instanceId);
 }
 
@@ -163,7 +163,7 @@ describe("the desired set", () => {
     const nodeId = await addNode(fixture, { gpus: 2 });
     const id = await create({ gpu: h100(2) });
     await placeAll();
-    const set = () => fixture.db.database.system((tx) => fixture.instances.desiredSet(tx, nodeId));
+    const set = () => readDesiredSet(fixture, nodeId);
     const first = await set();
     const [wish] = first.instances;
     assert.equal(wish?.state, DesiredState.RUNNING);

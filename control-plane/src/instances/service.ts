@@ -21,7 +21,6 @@ import type { Instance, State } from "./model.ts";
 import { Recorder, type RecorderOptions } from "./recorder.ts";
 import { acceptSpec } from "./spec.ts";
 import {
-  countPending,
   type InstanceFilter,
   type InstancePage,
   lockInstance,
@@ -32,7 +31,7 @@ import {
   selectInstances,
   selectOwners,
   selectRunning,
-  sumSpecBytes,
+  selectShares,
 } from "./store.ts";
 import { applyReport, loseContainer } from "./transitions.ts";
 import { type Actor, type InstanceEvent, toAttemptReport, toDesiredInstance } from "./wire.ts";
@@ -59,7 +58,7 @@ export type LogTarget = {
 
 /** What the service is made of. */
 export type InstancesOptions = Omit<RecorderOptions, "nodes"> & {
-  readonly nodes: Pick<NodesService, "bumpDesiredGeneration" | "desiredGenerations">;
+  readonly nodes: Pick<NodesService, "bumpDesiredGeneration">;
   readonly clock: Clock;
   /** See proto's image-reference.ts. */
   readonly imageAllowlist: readonly string[];
@@ -97,8 +96,9 @@ export class InstancesService {
    */
   async create(tx: TenantTx, given: InstanceSpec, callerId: string): Promise<Instance> {
     const spec = acceptSpec(given, this.#options.imageAllowlist);
-    await checkQueue(tx);
-    await checkSpecBytes(tx);
+    const shares = await selectShares(tx);
+    checkQueue(tx, shares.pending);
+    checkSpecBytes(tx, shares.specBytes);
     const now = this.#options.clock();
     const deadline = new Date(now.getTime() + placementTimeoutMs({ spec }));
     const instance: Instance = {
@@ -158,7 +158,8 @@ export class InstancesService {
       const state = instance.status.state === "DELETED" ? "deleted" : "being deleted";
       throw new DomainError(ErrorReason.FAILED_PRECONDITION, `the instance is ${state}: it cannot be started`);
     }
-    if (outcome !== "unchanged" && outcome.next.status.state === "PENDING") await checkQueue(tx);
+    if (outcome !== "unchanged" && outcome.next.status.state === "PENDING")
+      checkQueue(tx, (await selectShares(tx)).pending);
     const recorder = new Recorder(this.#options, tx, now);
     const next = await recorder.apply(instance, outcome, { kind: "CUSTOMER", id: callerId });
     await recorder.finish();
@@ -167,14 +168,17 @@ export class InstancesService {
 
   // ---- for dispatch -------------------------------------------------------------------------------------------
 
-  /** What a node shall run and keep: the whole set, of a state of the database no older than its generation. */
-  async desiredSet(tx: SystemTx, nodeId: NodeId): Promise<DesiredSet> {
-    // The generation first: what commits in between makes the set newer than it says, and is sent again.
-    const generations = await this.#options.nodes.desiredGenerations(tx, [nodeId]);
+  /**
+   * What a node shall run and keep: the whole set, of a state of the database no older than its generation.
+   *
+   * @param generation As `tx` read it before: what commits in between makes the set newer than it says, and is sent
+   * again.
+   */
+  async desiredSet(tx: SystemTx, nodeId: NodeId, generation: bigint): Promise<DesiredSet> {
     const instances = await selectDesired(tx, nodeId, maxInstancesPerNode + 1);
     if (instances.length > maxInstancesPerNode) throw new Error(`node ${nodeId} has more instances than a set holds`);
     return create(DesiredSetSchema, {
-      generation: generations.get(nodeId) ?? 0n,
+      generation,
       instances: instances.flatMap((instance) => toDesiredInstance(instance) ?? []),
     });
   }
@@ -277,15 +281,15 @@ function decide(command: Command, instance: Instance, now: Date): CommandOutcome
 }
 
 /** @throws DomainError QUOTA_EXCEEDED where the organization has its share of the queue. */
-async function checkQueue(tx: TenantTx): Promise<void> {
-  if ((await countPending(tx)) < maxPendingPerOrganization) return;
+function checkQueue(tx: TenantTx, pending: number): void {
+  if (pending < maxPendingPerOrganization) return;
   const what = "instances of an organization wait for capacity at a time";
   throw quotaExceeded(tx.organizationId, "pending_instances", maxPendingPerOrganization, what);
 }
 
 /** @throws DomainError QUOTA_EXCEEDED where the organization's specifications take their share of memory. */
-async function checkSpecBytes(tx: TenantTx): Promise<void> {
-  if ((await sumSpecBytes(tx)) < maxSpecBytesPerOrganization) return;
+function checkSpecBytes(tx: TenantTx, specBytes: number): void {
+  if (specBytes < maxSpecBytesPerOrganization) return;
   const what = "bytes of specifications of an organization's instances are kept: delete some that are not needed";
   throw quotaExceeded(tx.organizationId, "specification_bytes", maxSpecBytesPerOrganization, what);
 }

@@ -57,74 +57,66 @@ const systemColumns = [
   "gpus",
 ] as const satisfies readonly (keyof InstanceRow)[];
 
+const createColumns = [
+  "id",
+  "organization_id",
+  "spec",
+  "created_by",
+  "create_time",
+  "update_time",
+  "version",
+  "event_count",
+  "attempt",
+  "restart_count",
+  "state",
+  "reason",
+  "message",
+  "queue_time",
+  "placement_deadline",
+] as const satisfies readonly (keyof InstanceRow)[];
+
+const insert = withEvents(
+  `insert into instances (${createColumns.join(", ")}, labels, gpu_model)
+   values (${createColumns.map((_, index) => `$${index + 1}`).join(", ")}, $${createColumns.length + 1}, $${createColumns.length + 2})`,
+  createColumns.length + 2,
+);
 const tenantUpdate = updateStatement(tenantColumns);
 const systemUpdate = updateStatement(systemColumns);
 
-/** Writes a new instance. */
-export async function insertInstance(tx: TenantTx, instance: Instance): Promise<void> {
+/** Events to add together with what they tell of. */
+export type NewEvents = {
+  /** The number of the first of them. */
+  readonly firstSequence: bigint;
+  readonly events: readonly EventDraft[];
+  readonly actor: Actor;
+  readonly time: Date;
+};
+
+/** Writes a new instance and its first events, in one round trip. */
+export async function insertInstance(tx: TenantTx, instance: Instance, added: NewEvents): Promise<void> {
   const row = toRow(instance);
-  await tx.execute(
-    `insert into instances (id, organization_id, spec, labels, gpu_model, created_by, create_time, update_time, version,
-       event_count, attempt, restart_count, state, reason, message, queue_time, placement_deadline)
-     values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)`,
-    [
-      row.id,
-      row.organization_id,
-      row.spec,
-      JSON.stringify(instance.spec.labels),
-      instance.spec.gpu?.model ?? "",
-      row.created_by,
-      row.create_time,
-      row.update_time,
-      row.version,
-      row.event_count,
-      row.attempt,
-      row.restart_count,
-      row.state,
-      row.reason,
-      row.message,
-      row.queue_time,
-      row.placement_deadline,
-    ],
-  );
+  const values = createColumns.map((column) => row[column]);
+  const more = [JSON.stringify(instance.spec.labels), instance.spec.gpu?.model ?? ""];
+  await tx.query(insert, [...values, ...more, ...eventParameters(added)]);
 }
 
-/** Writes what changed, if the row still has the version that was read. */
-export async function updateInstance(tx: TenantTx | SystemTx, next: Instance, versionBefore: bigint): Promise<void> {
+/** Writes what changed, if the row still has the version that was read, and adds events, in one round trip. */
+export async function updateInstance(
+  tx: TenantTx | SystemTx,
+  next: Instance,
+  versionBefore: bigint,
+  added: NewEvents,
+): Promise<void> {
   const row = toRow(next);
   const columns = "system" in tx ? systemColumns : tenantColumns;
   const values = columns.map((column) => toParameter(row[column]));
-  const updated = await tx.execute("system" in tx ? systemUpdate : tenantUpdate, [row.id, versionBefore, ...values]);
-  if (updated !== 1) throw new Error(`instance ${row.id} changed while its row was locked`);
-}
-
-/** Adds events. */
-export async function insertEvents(
-  tx: Tx,
-  instance: Pick<Instance, "id" | "organizationId">,
-  firstSequence: bigint,
-  events: readonly EventDraft[],
-  actor: Actor,
-  now: Date,
-): Promise<void> {
-  for (const [index, event] of events.entries()) {
-    await tx.execute(
-      `insert into instance_events (instance_id, sequence, organization_id, event_time, actor_kind, actor_id, attempt,
-         state, reason, message) values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)`,
-      [
-        instance.id,
-        firstSequence + BigInt(index),
-        instance.organizationId,
-        now,
-        actor.kind,
-        actor.id,
-        event.attempt,
-        event.state,
-        event.reason,
-        event.message,
-      ],
-    );
-  }
+  const [result] = await tx.query<{ written: bigint }>("system" in tx ? systemUpdate : tenantUpdate, [
+    row.id,
+    versionBefore,
+    ...values,
+    ...eventParameters(added),
+  ]);
+  if (result?.written !== 1n) throw new Error(`instance ${row.id} changed while its row was locked`);
 }
 
 /** One instance. */
@@ -251,23 +243,16 @@ export async function selectPending(
   return rows.map(fromRow);
 }
 
-/** How many instances of the organization wait for capacity. */
-export async function countPending(tx: TenantTx): Promise<number> {
-  const [row] = await tx.query<{ count: bigint }>(
-    "select count(*) as count from instances where organization_id = $1 and state = 'PENDING'",
+/** What an organization has of what it may have a share of. */
+export async function selectShares(
+  tx: TenantTx,
+): Promise<{ readonly pending: number; /** Of instances that are not deleted. */ readonly specBytes: number }> {
+  const [row] = await tx.query<{ pending: bigint; bytes: bigint }>(
+    `select count(*) filter (where state = 'PENDING') as pending, coalesce(sum(octet_length(spec)), 0)::bigint as bytes
+     from instances where organization_id = $1 and state <> 'DELETED'`,
     [tx.organizationId],
   );
-  return Number(row?.count ?? 0n);
-}
-
-/** How many bytes the specifications of the organization's instances take that are not deleted. */
-export async function sumSpecBytes(tx: TenantTx): Promise<number> {
-  const [row] = await tx.query<{ bytes: bigint }>(
-    `select coalesce(sum(octet_length(spec)), 0)::bigint as bytes from instances
-     where organization_id = $1 and state <> 'DELETED'`,
-    [tx.organizationId],
-  );
-  return Number(row?.bytes ?? 0n);
+  return { pending: Number(row?.pending ?? 0n), specBytes: Number(row?.bytes ?? 0n) };
 }
 
 /** Instances that waited for too long. */
@@ -361,7 +346,27 @@ export async function purgeDeleted(tx: SystemTx, before: Date, limit: number): P
 
 function updateStatement(columns: readonly string[]): string {
   const assignments = columns.map((column, index) => `${column} = $${index + 3}`).join(", ");
-  return `update instances set ${assignments} where id = $1 and version = $2`;
+  return withEvents(`update instances set ${assignments} where id = $1 and version = $2`, columns.length + 2);
+}
+
+/** A statement that writes one instance, and its events if it wrote it. `parameters`: how many the first part has. */
+function withEvents(statement: string, parameters: number): string {
+  const at = (index: number): string => `$${parameters + index}`;
+  return `with written as (${statement} returning id, organization_id), added as (
+    insert into instance_events (instance_id, sequence, organization_id, event_time, actor_kind, actor_id, attempt,
+      state, reason, message)
+    select id, ${at(1)}::bigint + e.index - 1, organization_id, ${at(2)}::timestamptz, ${at(3)}, ${at(4)}, e.attempt,
+      e.state, e.reason, e.message
+    from written, unnest(${at(5)}::integer[], ${at(6)}::text[], ${at(7)}::text[], ${at(8)}::text[])
+      with ordinality as e(attempt, state, reason, message, index)
+  )
+  select count(*) as written from written`;
+}
+
+function eventParameters({ firstSequence, events, actor, time }: NewEvents): unknown[] {
+  const column = <K extends keyof EventDraft>(key: K): EventDraft[K][] => events.map((event) => event[key]);
+  const columns = [column("attempt"), column("state"), column("reason"), column("message")];
+  return [firstSequence, time, actor.kind, actor.id, ...columns];
 }
 
 /** The driver would write an array of objects as an array of SQL. */

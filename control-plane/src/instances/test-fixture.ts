@@ -1,7 +1,11 @@
 // The slice on a real database with a fleet of rows, for tests: everything is real but the agents.
 import { create, toBinary } from "@bufbuild/protobuf";
 import { type Client, createClient, createRouterTransport, type Interceptor } from "@connectrpc/connect";
-import { type AttemptPhase, AttemptStatusSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import {
+  type AttemptPhase,
+  AttemptStatusSchema,
+  type DesiredSet,
+} from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { Role } from "@clodei/proto/gen/clodei/options/v1/options";
 import { CatalogService as CatalogServiceDescriptor } from "@clodei/proto/gen/clodei/v1/catalog_service";
 import type { InstanceReason } from "@clodei/proto/gen/clodei/v1/instance";
@@ -170,6 +174,14 @@ export async function addNode(
 }
 
 let sequence = 0n;
+
+/** The desired set of a node, as dispatch would send it now. */
+export function readDesiredSet({ db, nodes, instances }: Fixture, nodeId: NodeId): Promise<DesiredSet> {
+  return db.database.system(async (tx) => {
+    const generations = await nodes.desiredGenerations(tx, [nodeId]);
+    return instances.desiredSet(tx, nodeId, generations.get(nodeId) ?? 0n);
+  });
+}
 
 /** Reports a phase of an attempt, as a node's session does. */
 export async function reportPhase(

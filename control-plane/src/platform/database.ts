@@ -111,9 +111,12 @@ export class Database implements AsyncDisposable {
     return this.#transact(this.#system, "", options, (tx) => work({ ...tx, system: true }));
   }
 
-  /** Runs work as clodei_app without an organization: tables show no rows, and only definer functions answer. */
-  anonymous<T>(work: (tx: Tx) => Promise<T>, options?: TransactionOptions): Promise<T> {
-    return this.#transact(this.#app, "", options, work);
+  /**
+   * Runs work as clodei_app without an organization: tables show no rows, and only definer functions answer. Each
+   * statement is a transaction of its own, because every call that anyone makes begins with one: who is it?
+   */
+  anonymous<T>(work: (tx: Tx) => Promise<T>): Promise<T> {
+    return work(createTx(this.#app, "at once"));
   }
 
   /** Whether both logins get an answer within the time given. */
@@ -225,7 +228,8 @@ export class Database implements AsyncDisposable {
   }
 }
 
-function createTx(client: pg.PoolClient, effects: (() => void)[]): Tx {
+/** @param effects Where effects wait for the commit; "at once" where each statement commits by itself. */
+function createTx(client: pg.PoolClient | pg.Pool, effects: (() => void)[] | "at once"): Tx {
   return {
     async query<Row extends object>(text: string, values: readonly unknown[] = []): Promise<Row[]> {
       const result = await client.query<Row & pg.QueryResultRow>(text, [...values]);
@@ -236,7 +240,8 @@ function createTx(client: pg.PoolClient, effects: (() => void)[]): Tx {
       return result.rowCount ?? 0;
     },
     afterCommit(effect: () => void): void {
-      effects.push(effect);
+      if (effects === "at once") effect();
+      else effects.push(effect);
     },
   };
 }
