@@ -123,7 +123,8 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
         const life = await live(kind);
         lives.push(life);
         // So that containers do not pile up; one in four stays to be compared in the end.
-        if (kind === "left running" && lives.length % 4 !== 0) await life.instance.delete({ timeoutMs: lifeTimeoutMs });
+        if (kind === "left running" && !life.lost && lives.length % 4 !== 0)
+          await life.instance.delete({ timeoutMs: lifeTimeoutMs });
       }
     };
     const killer = async (): Promise<void> => {
