@@ -9,7 +9,7 @@ import {
   ListOffersResponseSchema,
 } from "@clodei/proto/gen/clodei/v1/catalog_service";
 import type { Database } from "../platform/database.ts";
-import { decodePageToken, encodePageToken, filterHash, pageSizeOf } from "../platform/page-token.ts";
+import { decodePageToken, filterHash, pageOf, pageSizeOf } from "../platform/page-token.ts";
 import { locationKey, offerKey, type Availability as OfferAvailability } from "./model.ts";
 import type { CatalogService } from "./service.ts";
 
@@ -60,8 +60,5 @@ function paginate<T>(
 ): { readonly page: readonly T[]; readonly nextPageToken: string } {
   const [after] = decodePageToken(request.pageToken, hash) ?? [];
   const rest = after === undefined ? all : all.filter((item) => keyOf(item) > after);
-  const page = rest.slice(0, pageSizeOf(request.pageSize));
-  const last = page.at(-1);
-  const isCut = rest.length > page.length && last !== undefined;
-  return { page, nextPageToken: isCut ? encodePageToken(hash, [keyOf(last)]) : "" };
+  return pageOf(rest, pageSizeOf(request.pageSize), hash, (last) => [keyOf(last)]);
 }

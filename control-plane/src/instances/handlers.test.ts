@@ -45,6 +45,23 @@ const largeSpec = {
   location: { country: "SM" },
 };
 
+/** Sets how large an instance's specification is. As many as fill a share would take half a minute: one stands for them. */
+async function specificationOf(instanceId: string) {
+  const administrator = new pg.Client(fixture.db.administrator);
+  await administrator.connect();
+  const setBytes = async (bytes: number): Promise<void> => {
+    const text = "update instances set spec = decode(repeat('00', $1), 'hex') where id = $2";
+    await administrator.query(text, [bytes, instanceId]);
+  };
+  return {
+    setBytes,
+    async [Symbol.asyncDispose]() {
+      await setBytes(0);
+      await administrator.end();
+    },
+  };
+}
+
 describe("large specifications", () => {
   it("make short pages of lists and watches, from which none is missing", async () => {
     const client = fixture.client(createCustomer());
@@ -77,29 +94,81 @@ describe("large specifications", () => {
     const { instance } = await client.createInstance({ spec: largeSpec });
     const instanceId = instance?.id ?? "";
     await client.stopInstance({ instanceId });
-    // As many of them as fill the share would take the test half a minute: one row stands for them.
-    const administrator = new pg.Client(fixture.db.administrator);
-    await administrator.connect();
-    const setBytes = (bytes: number) =>
-      administrator.query("update instances set spec = decode(repeat('00', $1), 'hex') where id = $2", [
-        bytes,
-        instanceId,
-      ]);
-    try {
-      await setBytes(64 * 1024 * 1024 - 1);
-      await client.createInstance({ spec: largeSpec });
-      const refused = await client.createInstance({ spec: { image } }).then(
-        () => assert.fail("there is no limit"),
-        (error: unknown) => ConnectError.from(error),
-      );
-      assert.equal(refused.code, Code.ResourceExhausted);
-      assert.equal(refused.findDetails(ErrorInfoSchema)[0]?.metadata["quota"], "specification_bytes");
-      assert.equal(refused.findDetails(QuotaFailureSchema)[0]?.violations.length, 1);
-      await fixture.client(createCustomer()).createInstance({ spec: largeSpec });
-    } finally {
-      await setBytes(0);
-      await administrator.end();
+    await using row = await specificationOf(instanceId);
+    await row.setBytes(64 * 1024 * 1024 - 1);
+    await client.createInstance({ spec: largeSpec });
+    const refused = await client.createInstance({ spec: { image } }).then(
+      () => assert.fail("there is no limit"),
+      (error: unknown) => ConnectError.from(error),
+    );
+    assert.equal(refused.code, Code.ResourceExhausted);
+    assert.equal(refused.findDetails(ErrorInfoSchema)[0]?.metadata["quota"], "specification_bytes");
+    assert.equal(refused.findDetails(QuotaFailureSchema)[0]?.violations.length, 1);
+    await fixture.client(createCustomer()).createInstance({ spec: largeSpec });
+  });
+
+  it("are taken up to a share of the disk an hour, deleted or not", async () => {
+    const client = fixture.client(createCustomer());
+    const { instance } = await client.createInstance({ spec: largeSpec });
+    const instanceId = instance?.id ?? "";
+    await client.deleteInstance({ instanceId });
+    await using row = await specificationOf(instanceId);
+    await row.setBytes(64 * 1024 * 1024);
+    const refused = await client.createInstance({ spec: { image } }).then(
+      () => assert.fail("there is no limit"),
+      (error: unknown) => ConnectError.from(error),
+    );
+    assert.equal(refused.findDetails(ErrorInfoSchema)[0]?.metadata["quota"], "specification_bytes_per_hour");
+    const { now } = fixture;
+    fixture.now = new Date(now.getTime() + 3_601_000);
+    assert.ok((await client.createInstance({ spec: { image } })).instance);
+    fixture.now = now;
+  });
+
+  it("stand in the database once, however often their instances change, and in every answer and change", async () => {
+    const customer = createCustomer();
+    const client = fixture.client(customer);
+    const stop = new AbortController();
+    let cursor = "";
+    for await (const message of client.watchInstances({}, { signal: stop.signal })) {
+      ({ cursor } = message);
+      if (message.event.case === "bookmark") break;
     }
+    const created: string[] = [];
+    for (let n = 0; n < 6; n += 1) {
+      const request = { spec: largeSpec, idempotencyKey: `create-${n}` };
+      const first = (await client.createInstance(request)).instance;
+      assert.deepEqual((await client.createInstance(request)).instance, first, "a replay is the first answer");
+      created.push(first?.id ?? "");
+      for (const command of ["stopInstance", "startInstance"] as const) {
+        const key = { instanceId: first?.id ?? "", idempotencyKey: `${command}-${n}` };
+        const answer = await client[command](key);
+        assert.deepEqual((await client[command](key)).instance?.spec, answer.instance?.spec);
+        assert.deepEqual(answer.instance?.spec, first?.spec);
+      }
+    }
+    const [kept] = await fixture.db.database.system((tx) =>
+      tx.query<{ bytes: bigint; changes: bigint }>(
+        `select (select sum(octet_length(response)) from idempotency_records where organization_id = $1)
+           + sum(octet_length(payload)) as bytes, count(*) as changes
+         from changes where organization_id = $1`,
+        [customer.organizationId],
+      ),
+    );
+    assert.equal(kept?.changes, 18n);
+    assert.ok(Number(kept.bytes) < 40 * 1024, `${kept.bytes} bytes are kept`);
+    // More than one read of the database carries, and no change is left out.
+    const seen: unknown[] = [];
+    for await (const { event } of client.watchInstances({ cursor }, { signal: stop.signal })) {
+      if (event.case !== "change") continue;
+      assert.deepEqual(event.value.spec?.args, largeSpec.args);
+      if (seen.push([event.value.id, event.value.version]) === 18) break;
+    }
+    stop.abort();
+    assert.deepEqual(
+      seen,
+      created.flatMap((id) => [1n, 2n, 3n].map((version) => [id, version])),
+    );
   });
 });
 

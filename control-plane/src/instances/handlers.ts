@@ -1,27 +1,31 @@
 // InstanceService as the contract has it: messages to values of ours and back, one transaction a call, each mutating
 // one behind its idempotency key. StreamLogs is the relay's, in dispatch.
 import { create, type DescMessage, type DescMethodUnary, isUnknownEnum, type MessageShape } from "@bufbuild/protobuf";
-import type { ServiceImpl } from "@connectrpc/connect";
-import { InstanceSpecSchema, InstanceState, InstanceStateSchema } from "@clodei/proto/gen/clodei/v1/instance";
+import type { HandlerContext, ServiceImpl } from "@connectrpc/connect";
 import {
-  CreateInstanceResponseSchema,
-  DeleteInstanceResponseSchema,
+  type Instance as InstanceMessage,
+  InstanceSpecSchema,
+  InstanceState,
+  InstanceStateSchema,
+} from "@clodei/proto/gen/clodei/v1/instance";
+import {
+  type CreateInstanceResponseSchema,
+  type DeleteInstanceResponseSchema,
   GetInstanceResponseSchema,
   type InstanceFilter as InstanceFilterMessage,
   InstanceService,
   ListInstanceEventsResponseSchema,
   ListInstancesResponseSchema,
-  RestartInstanceResponseSchema,
-  StartInstanceResponseSchema,
-  StopInstanceResponseSchema,
+  type RestartInstanceResponseSchema,
+  type StartInstanceResponseSchema,
+  type StopInstanceResponseSchema,
 } from "@clodei/proto/gen/clodei/v1/instance_service";
 import type { Database, TenantTx } from "../platform/database.ts";
-import { runIdempotent } from "../platform/idempotency.ts";
-import { decodePageToken, encodePageToken, filterHash, pageSizeOf } from "../platform/page-token.ts";
-import type { CustomerCaller } from "../rpc/caller.ts";
+import { runIdempotent, type StoredAnswer } from "../platform/idempotency.ts";
+import { decodePageToken, encodePageToken, filterHash, pageOf, pageSizeOf } from "../platform/page-token.ts";
 import { customerOf } from "../rpc/context.ts";
-import type { State } from "./model.ts";
-import type { Command, InstancesService } from "./service.ts";
+import type { Instance, State } from "./model.ts";
+import type { InstancesService } from "./service.ts";
 import type { InstanceFilter } from "./store.ts";
 import type { Watches } from "./watch.ts";
 import { toEventMessage, toInstanceMessage } from "./wire.ts";
@@ -41,46 +45,57 @@ export function instanceHandlers(options: InstanceHandlersOptions): InstanceHand
   return { ...mutatingHandlers(options), ...readingHandlers(options) };
 }
 
+/** What a mutating call answers. */
+type InstanceResponse =
+  | typeof CreateInstanceResponseSchema
+  | typeof StopInstanceResponseSchema
+  | typeof StartInstanceResponseSchema
+  | typeof RestartInstanceResponseSchema
+  | typeof DeleteInstanceResponseSchema;
+
 type MutatingMethods = "createInstance" | "stopInstance" | "startInstance" | "restartInstance" | "deleteInstance";
 
 function mutatingHandlers({ database, instances }: InstanceHandlersOptions): Pick<InstanceHandlers, MutatingMethods> {
+  /** Runs a mutating call once for its idempotency key, with the record in the transaction of its effect. */
+  const mutate = async <Req extends DescMessage>(
+    context: HandlerContext,
+    method: DescMethodUnary<Req, InstanceResponse>,
+    request: MessageShape<Req> & { readonly idempotencyKey: string },
+    effect: (tx: TenantTx, callerId: string) => Promise<Instance>,
+  ): Promise<{ instance?: InstanceMessage }> => {
+    const { organizationId, callerId } = customerOf(context);
+    const { response } = await database.tenant(organizationId, (tx) =>
+      runIdempotent(
+        tx,
+        { callerId, method, request },
+        async () => ({ instance: toInstanceMessage(await effect(tx, callerId)) }),
+        withoutSpec(tx, instances),
+      ),
+    );
+    return response.instance === undefined ? {} : { instance: response.instance };
+  };
   const { method } = InstanceService;
-  const command = async (tx: TenantTx, caller: CustomerCaller, name: Command, instanceId: string) => ({
-    instance: toInstanceMessage(await instances.command(tx, name, instanceId, caller.callerId)),
-  });
   return {
-    createInstance(request, context) {
-      const caller = customerOf(context);
-      return mutate(database, caller, method.createInstance, request, async (tx) => {
-        const spec = request.spec ?? create(InstanceSpecSchema);
-        const instance = await instances.create(tx, spec, caller.callerId);
-        return create(CreateInstanceResponseSchema, { instance: toInstanceMessage(instance) });
-      });
-    },
-    stopInstance(request, context) {
-      const caller = customerOf(context);
-      return mutate(database, caller, method.stopInstance, request, async (tx) =>
-        create(StopInstanceResponseSchema, await command(tx, caller, "stop", request.instanceId)),
-      );
-    },
-    startInstance(request, context) {
-      const caller = customerOf(context);
-      return mutate(database, caller, method.startInstance, request, async (tx) =>
-        create(StartInstanceResponseSchema, await command(tx, caller, "start", request.instanceId)),
-      );
-    },
-    restartInstance(request, context) {
-      const caller = customerOf(context);
-      return mutate(database, caller, method.restartInstance, request, async (tx) =>
-        create(RestartInstanceResponseSchema, await command(tx, caller, "restart", request.instanceId)),
-      );
-    },
-    deleteInstance(request, context) {
-      const caller = customerOf(context);
-      return mutate(database, caller, method.deleteInstance, request, async (tx) =>
-        create(DeleteInstanceResponseSchema, await command(tx, caller, "delete", request.instanceId)),
-      );
-    },
+    createInstance: (request, context) =>
+      mutate(context, method.createInstance, request, (tx, callerId) =>
+        instances.create(tx, request.spec ?? create(InstanceSpecSchema), callerId),
+      ),
+    stopInstance: (request, context) =>
+      mutate(context, method.stopInstance, request, (tx, callerId) =>
+        instances.command(tx, "stop", request.instanceId, callerId),
+      ),
+    startInstance: (request, context) =>
+      mutate(context, method.startInstance, request, (tx, callerId) =>
+        instances.command(tx, "start", request.instanceId, callerId),
+      ),
+    restartInstance: (request, context) =>
+      mutate(context, method.restartInstance, request, (tx, callerId) =>
+        instances.command(tx, "restart", request.instanceId, callerId),
+      ),
+    deleteInstance: (request, context) =>
+      mutate(context, method.deleteInstance, request, (tx, callerId) =>
+        instances.command(tx, "delete", request.instanceId, callerId),
+      ),
   };
 }
 
@@ -114,12 +129,8 @@ function readingHandlers(options: InstanceHandlersOptions): Omit<InstanceHandler
       const found = await database.tenant(organizationId, (tx) =>
         instances.events(tx, instanceId, sequenceOf(after), size + 1),
       );
-      const page = found.slice(0, size);
-      const last = page.at(-1);
-      return create(ListInstanceEventsResponseSchema, {
-        events: page.map(toEventMessage),
-        nextPageToken: found.length > size && last !== undefined ? encodePageToken(hash, [String(last.sequence)]) : "",
-      });
+      const { page, nextPageToken } = pageOf(found, size, hash, ({ sequence }) => [String(sequence)]);
+      return create(ListInstanceEventsResponseSchema, { events: page.map(toEventMessage), nextPageToken });
     },
     watchInstances({ cursor, filter, instanceId }, context) {
       const { organizationId } = customerOf(context);
@@ -134,23 +145,16 @@ function sequenceOf([text = ""]: readonly string[]): bigint {
   return /^\d{1,18}$/.test(text) ? BigInt(text) : BigInt(Number.MAX_SAFE_INTEGER);
 }
 
-/** Runs a mutating call once for its idempotency key, with the record in the transaction of its effect. */
-async function mutate<Req extends DescMessage, Res extends DescMessage>(
-  database: Database,
-  caller: CustomerCaller,
-  method: DescMethodUnary<Req, Res>,
-  request: MessageShape<Req> & { readonly idempotencyKey: string },
-  effect: (tx: TenantTx) => Promise<MessageShape<Res>>,
-): Promise<MessageShape<Res>> {
-  const scope = {
-    callerId: caller.callerId,
-    method: `${method.parent.typeName}.${method.name}`,
-    key: request.idempotencyKey,
+/** An answer is stored without its specification, which can have 1 MiB and stands in the instance's row as it was. */
+function withoutSpec(tx: TenantTx, instances: InstancesService): StoredAnswer<InstanceResponse> {
+  return {
+    strip({ instance }) {
+      if (instance !== undefined) instance.spec = undefined;
+    },
+    async restore({ instance }) {
+      if (instance !== undefined) instance.spec = (await instances.get(tx, instance.id)).spec;
+    },
   };
-  const { response } = await database.tenant(caller.organizationId, (tx) =>
-    runIdempotent(tx, scope, method.input, request, method.output, () => effect(tx)),
-  );
-  return response;
 }
 
 function toFilter(message: InstanceFilterMessage | undefined, showDeleted: boolean): InstanceFilter {

@@ -1,7 +1,5 @@
 // Writes what became of instances: row, events, feed, freed GPUs, and the hints that follow the commit. Everything
 // that changes an instance goes through here, under the row's lock, so that versions and events have no gaps.
-import { toBinary } from "@bufbuild/protobuf";
-import { InstanceSchema } from "@clodei/proto/gen/clodei/v1/instance";
 import type { NodeId } from "@clodei/proto/ids";
 import type { NodesService } from "../nodes/service.ts";
 import type { PlacementService } from "../placement/service.ts";
@@ -11,7 +9,7 @@ import type { Wakeups } from "../platform/wakeups.ts";
 import { draftOf, type Outcome } from "./attempts.ts";
 import { desiredOf, holdsAllocation, isSameDesired, type Instance } from "./model.ts";
 import { insertInstance, updateInstance } from "./store.ts";
-import { type Actor, toInstanceMessage } from "./wire.ts";
+import { type Actor, toChangePayload } from "./wire.ts";
 
 /** What a recorder needs. */
 export type RecorderOptions = {
@@ -83,7 +81,7 @@ export class Recorder<T extends TenantTx | SystemTx> {
       organizationId: instance.organizationId,
       kind: "instance",
       subjectId: instance.id,
-      payload: toBinary(InstanceSchema, toInstanceMessage(instance)),
+      payload: toChangePayload(instance),
     });
     this.#hint(`organization:${instance.organizationId}`);
   }

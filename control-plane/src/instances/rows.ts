@@ -1,7 +1,7 @@
 // Instances as rows, and back. The database's checks and these functions say the same: what only one state has is
 // null in every other.
 import { fromBinary, toBinary } from "@bufbuild/protobuf";
-import { InstanceSpecSchema } from "@clodei/proto/gen/clodei/v1/instance";
+import { type InstanceSpec, InstanceSpecSchema } from "@clodei/proto/gen/clodei/v1/instance";
 import { type InstanceId, type NodeId, type OrganizationId, parseId } from "@clodei/proto/ids";
 import {
   messageOf,
@@ -68,7 +68,7 @@ export function fromRow(row: InstanceRow): Instance {
   return {
     id: instanceIdOf(row.id),
     organizationId: organizationIdOf(row.organization_id),
-    spec: fromBinary(InstanceSpecSchema, row.spec),
+    spec: specFromRow(row),
     createdBy: row.created_by,
     createTime: row.create_time,
     updateTime: row.update_time,
@@ -86,6 +86,11 @@ export function fromRow(row: InstanceRow): Instance {
     imageId: row.image_id,
     isolation: row.isolation ?? undefined,
   };
+}
+
+/** Reads the specification of a row. */
+export function specFromRow({ spec }: Pick<InstanceRow, "spec">): InstanceSpec {
+  return fromBinary(InstanceSpecSchema, spec);
 }
 
 /** Writes a row. */

@@ -32,6 +32,8 @@ import {
   selectOwners,
   selectRunning,
   selectShares,
+  selectSpecs,
+  type Shares,
 } from "./store.ts";
 import { applyReport, loseContainer } from "./transitions.ts";
 import { type Actor, type InstanceEvent, toAttemptReport, toDesiredInstance } from "./wire.ts";
@@ -79,6 +81,13 @@ const maxPendingPerOrganization = 1_000;
  */
 const maxSpecBytesPerOrganization = 64 * 1024 * 1024;
 
+/**
+ * A deleted instance can be read for 30 days, and keeps its specification. Without this, an organization that creates
+ * and deletes could fill the disk; with it, it keeps at most 46 GiB, and usually 65,000 instances an hour are possible.
+ */
+const maxSpecBytesPerHour = 64 * 1024 * 1024;
+const hourMs = 3_600_000;
+
 /** Instances of all organizations. */
 export class InstancesService {
   readonly #options: InstancesOptions;
@@ -96,10 +105,10 @@ export class InstancesService {
    */
   async create(tx: TenantTx, given: InstanceSpec, callerId: string): Promise<Instance> {
     const spec = acceptSpec(given, this.#options.imageAllowlist);
-    const shares = await selectShares(tx);
-    checkQueue(tx, shares.pending);
-    checkSpecBytes(tx, shares.specBytes);
     const now = this.#options.clock();
+    const shares = await readShares(tx, now);
+    checkQueue(tx, shares);
+    checkSpecBytes(tx, shares);
     const deadline = new Date(now.getTime() + placementTimeoutMs({ spec }));
     const instance: Instance = {
       id: newId("ins", now.getTime()),
@@ -138,6 +147,11 @@ export class InstancesService {
     return selectInstances(tx, filter, beforeId, limit);
   }
 
+  /** Specifications in the order given: the first, and as many more as are small enough to be read at once. */
+  specs(tx: TenantTx, ids: readonly InstanceId[]): Promise<ReadonlyMap<InstanceId, InstanceSpec>> {
+    return selectSpecs(tx, ids);
+  }
+
   /** A page of an instance's events, the oldest first, after a sequence number. @throws DomainError NOT_FOUND. */
   async events(tx: TenantTx, id: string, afterSequence: bigint, limit: number): Promise<InstanceEvent[]> {
     const instance = await this.get(tx, id);
@@ -158,8 +172,7 @@ export class InstancesService {
       const state = instance.status.state === "DELETED" ? "deleted" : "being deleted";
       throw new DomainError(ErrorReason.FAILED_PRECONDITION, `the instance is ${state}: it cannot be started`);
     }
-    if (outcome !== "unchanged" && outcome.next.status.state === "PENDING")
-      checkQueue(tx, (await selectShares(tx)).pending);
+    if (outcome !== "unchanged" && outcome.next.status.state === "PENDING") checkQueue(tx, await readShares(tx, now));
     const recorder = new Recorder(this.#options, tx, now);
     const next = await recorder.apply(instance, outcome, { kind: "CUSTOMER", id: callerId });
     await recorder.finish();
@@ -281,17 +294,26 @@ function decide(command: Command, instance: Instance, now: Date): CommandOutcome
 }
 
 /** @throws DomainError QUOTA_EXCEEDED where the organization has its share of the queue. */
-function checkQueue(tx: TenantTx, pending: number): void {
+function checkQueue(tx: TenantTx, { pending }: Shares): void {
   if (pending < maxPendingPerOrganization) return;
   const what = "instances of an organization wait for capacity at a time";
   throw quotaExceeded(tx.organizationId, "pending_instances", maxPendingPerOrganization, what);
 }
 
-/** @throws DomainError QUOTA_EXCEEDED where the organization's specifications take their share of memory. */
-function checkSpecBytes(tx: TenantTx, specBytes: number): void {
-  if (specBytes < maxSpecBytesPerOrganization) return;
-  const what = "bytes of specifications of an organization's instances are kept: delete some that are not needed";
-  throw quotaExceeded(tx.organizationId, "specification_bytes", maxSpecBytesPerOrganization, what);
+/** @throws DomainError QUOTA_EXCEEDED where the organization's specifications take their share of memory, or of disk. */
+function checkSpecBytes(tx: TenantTx, { specBytes, recentSpecBytes }: Shares): void {
+  if (specBytes >= maxSpecBytesPerOrganization) {
+    const what = "bytes of specifications of an organization's instances are kept: delete some that are not needed";
+    throw quotaExceeded(tx.organizationId, "specification_bytes", maxSpecBytesPerOrganization, what);
+  }
+  if (recentSpecBytes >= maxSpecBytesPerHour) {
+    const what = "bytes of specifications of an organization's instances are taken an hour, deleted ones included";
+    throw quotaExceeded(tx.organizationId, "specification_bytes_per_hour", maxSpecBytesPerHour, what);
+  }
+}
+
+function readShares(tx: TenantTx, now: Date): Promise<Shares> {
+  return selectShares(tx, new Date(now.getTime() - hourMs));
 }
 
 /** The same for what is nowhere and for what is another organization's. */

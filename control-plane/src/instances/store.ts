@@ -1,9 +1,19 @@
 // Rows of instances and their events. A change is written under the row's lock, guarded by its version.
-import type { InstanceId, NodeId, OrganizationId } from "@clodei/proto/ids";
+import type { InstanceSpec } from "@clodei/proto/gen/clodei/v1/instance";
+import { type InstanceId, newId, type NodeId, type OrganizationId } from "@clodei/proto/ids";
 import type { SystemTx, TenantTx, Tx } from "../platform/database.ts";
 import type { LocationConstraint } from "../placement/service.ts";
 import type { Instance, Reason, State } from "./model.ts";
-import { fromRow, instanceColumns, instanceIdOf, nodeIdOf, type InstanceRow, organizationIdOf, toRow } from "./rows.ts";
+import {
+  fromRow,
+  instanceColumns,
+  instanceIdOf,
+  nodeIdOf,
+  type InstanceRow,
+  organizationIdOf,
+  specFromRow,
+  toRow,
+} from "./rows.ts";
 import type { EventDraft } from "./attempts.ts";
 import type { Actor, InstanceEvent } from "./wire.ts";
 
@@ -196,6 +206,25 @@ export async function selectInstances(
   return { instances: rows.map(fromRow), more: Number(rows[0]?.candidates ?? 0n) > rows.length };
 }
 
+/**
+ * Specifications of instances, in the order given: the first of them, and as many more as fit. An instance outlives
+ * whatever is kept about it elsewhere, so what was asked for and is not there did not fit.
+ */
+export async function selectSpecs(tx: Tx, ids: readonly InstanceId[]): Promise<ReadonlyMap<InstanceId, InstanceSpec>> {
+  const rows = await tx.query<{ id: string; spec: Uint8Array }>(
+    `select id, spec from (
+       select instances.id, instances.spec, wanted.place, sum(octet_length(instances.spec)) over (
+         order by wanted.place rows between unbounded preceding and 1 preceding
+       ) as bytes_before
+       from unnest($1::text[]) with ordinality as wanted (id, place) join instances on instances.id = wanted.id
+     ) as counted
+     where coalesce(bytes_before, 0) < $2
+     order by place`,
+    [ids, maxPageBytes],
+  );
+  return new Map(rows.map((row) => [instanceIdOf(row.id), specFromRow(row)]));
+}
+
 /** A page of an instance's events, the oldest first. */
 export async function selectEvents(
   tx: TenantTx,
@@ -244,15 +273,26 @@ export async function selectPending(
 }
 
 /** What an organization has of what it may have a share of. */
-export async function selectShares(
-  tx: TenantTx,
-): Promise<{ readonly pending: number; /** Of instances that are not deleted. */ readonly specBytes: number }> {
-  const [row] = await tx.query<{ pending: bigint; bytes: bigint }>(
-    `select count(*) filter (where state = 'PENDING') as pending, coalesce(sum(octet_length(spec)), 0)::bigint as bytes
+export type Shares = {
+  readonly pending: number;
+  /** Of instances that are not deleted. */
+  readonly specBytes: number;
+  /** Of instances that were created after the time given, deleted or not. */
+  readonly recentSpecBytes: number;
+};
+
+/** What an organization has of what it may have a share of. */
+export async function selectShares(tx: TenantTx, recentAfter: Date): Promise<Shares> {
+  const [row] = await tx.query<{ pending: bigint; bytes: bigint; recent_bytes: bigint }>(
+    `select count(*) filter (where state = 'PENDING') as pending, coalesce(sum(octet_length(spec)), 0)::bigint as bytes,
+       (select coalesce(sum(octet_length(spec)), 0)::bigint from instances
+        where organization_id = $1 and id > $2) as recent_bytes
      from instances where organization_id = $1 and state <> 'DELETED'`,
-    [tx.organizationId],
+    // Ids begin with the time, so that the index finds the recent ones.
+    [tx.organizationId, newId("ins", recentAfter.getTime())],
   );
-  return { pending: Number(row?.pending ?? 0n), specBytes: Number(row?.bytes ?? 0n) };
+  const { pending = 0n, bytes = 0n, recent_bytes: recent = 0n } = row ?? {};
+  return { pending: Number(pending), specBytes: Number(bytes), recentSpecBytes: Number(recent) };
 }
 
 /** Instances that waited for too long. */

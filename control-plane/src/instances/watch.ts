@@ -14,6 +14,7 @@ import type { Clock } from "../platform/clock.ts";
 import type { Database, TenantTx } from "../platform/database.ts";
 import { DomainError, quotaExceeded } from "../platform/errors.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
+import { instanceIdOf } from "./rows.ts";
 import type { InstancesService } from "./service.ts";
 import type { InstanceFilter } from "./store.ts";
 import { toInstanceMessage } from "./wire.ts";
@@ -21,7 +22,7 @@ import { toInstanceMessage } from "./wire.ts";
 /** What watches need. */
 export type WatchOptions = {
   readonly database: Database;
-  readonly instances: Pick<InstancesService, "get" | "list">;
+  readonly instances: Pick<InstancesService, "get" | "list" | "specs">;
   readonly wakeups: Pick<Wakeups, "subscribe">;
   readonly clock: Clock;
   /** Aborts when the server drains. */
@@ -85,6 +86,13 @@ export class Watches {
   }
 }
 
+/** Changes of instances, whole again. */
+type InstanceBatch = {
+  readonly changes: readonly { readonly instance: InstanceMessage; readonly cursor: string }[];
+  readonly cursor: string;
+  readonly more: boolean;
+};
+
 class Watch {
   readonly #options: WatchOptions;
   readonly #request: WatchRequest;
@@ -116,10 +124,9 @@ class Watch {
     while (!signal.aborted) {
       this.#hinted = false;
       const from = cursor;
-      const batch = await this.#tenant((tx) => readChanges(tx, "instance", from, batchSize));
-      for (const change of batch.changes) {
-        const instance = fromBinary(InstanceSchema, change.payload);
-        if (this.#isMeant(instance)) yield response({ case: "change", value: instance }, change.cursor);
+      const batch = await this.#tenant((tx) => this.#readBatch(tx, from));
+      for (const { instance, cursor: after } of batch.changes) {
+        if (this.#isMeant(instance)) yield response({ case: "change", value: instance }, after);
         if (signal.aborted) return;
       }
       cursor = batch.cursor;
@@ -175,9 +182,8 @@ class Watch {
     let cursor = start;
     for (;;) {
       const from = cursor;
-      const batch = await this.#tenant((tx) => readChanges(tx, "instance", from, batchSize));
-      for (const change of batch.changes) {
-        const instance = fromBinary(InstanceSchema, change.payload);
+      const batch = await this.#tenant((tx) => this.#readBatch(tx, from));
+      for (const { instance } of batch.changes) {
         if (!this.#isMeant(instance) || instance.version <= (versions.get(instance.id) ?? 0n)) continue;
         yield response({ case: "change", value: instance }, "");
       }
@@ -186,13 +192,31 @@ class Watch {
     }
   }
 
+  /** Reads changes, and adds the specifications. The batch ends before the first one that is too much for it. */
+  async #readBatch(tx: TenantTx, from: string): Promise<InstanceBatch> {
+    const { instances } = this.#options;
+    const { instanceId } = this.#request;
+    const { changes, cursor, more } = await readChanges(tx, "instance", from, batchSize);
+    const meant = changes
+      .map((change) => ({ instance: fromBinary(InstanceSchema, change.payload), cursor: change.cursor }))
+      .filter(({ instance }) => instanceId === "" || instance.id === instanceId);
+    if (meant.length === 0) return { changes: [], cursor, more };
+    const specs = await instances.specs(tx, [...new Set(meant.map(({ instance }) => instanceIdOf(instance.id)))]);
+    const end = meant.findIndex(({ instance }) => !specs.has(instanceIdOf(instance.id)));
+    const complete = meant.slice(0, end === -1 ? undefined : end);
+    for (const { instance } of complete) instance.spec = specs.get(instanceIdOf(instance.id));
+    if (end === -1) return { changes: complete, cursor, more };
+    const last = complete.at(-1);
+    if (last === undefined) throw new Error("a change of an instance that has no row");
+    return { changes: complete, cursor: last.cursor, more: true };
+  }
+
   /** Whether a change is of interest. `states` is not asked: a change out of a state would never be told. */
   #isMeant(instance: InstanceMessage): boolean {
-    const { filter, instanceId } = this.#request;
+    const { filter } = this.#request;
     const { country, region, datacenter } = filter.location;
     const isAnywhere = country === undefined && region === undefined && datacenter === undefined;
     return (
-      (instanceId === "" || instance.id === instanceId) &&
       (filter.gpuModel === "" || instance.spec?.gpu?.model === filter.gpuModel) &&
       Object.entries(filter.labels).every(([name, value]) => instance.spec?.labels[name] === value) &&
       (isAnywhere || (instance.location !== undefined && isInLocation(filter.location, instance.location)))

@@ -1,5 +1,5 @@
 // Instances and events as messages of the contract, and what agents say as values of ours.
-import { create } from "@bufbuild/protobuf";
+import { create, toBinary } from "@bufbuild/protobuf";
 import { timestampDate, timestampFromDate } from "@bufbuild/protobuf/wkt";
 import {
   type AttemptPhase,
@@ -68,6 +68,16 @@ export function toInstanceMessage(instance: Instance): InstanceMessage {
     ...(status.state === "PENDING" && { placementDeadline: timestampFromDate(status.deadline) }),
     ...(status.state === "PULLING" && status.progress && { pullProgress: create(PullProgressSchema, status.progress) }),
   });
+}
+
+/**
+ * What the feed keeps of a change: all but the specification, which can have 1 MiB, never changes, and stands in the
+ * instance's row. Whoever reads the feed adds it.
+ */
+export function toChangePayload(instance: Instance): Uint8Array {
+  const message = toInstanceMessage(instance);
+  message.spec = undefined;
+  return toBinary(InstanceSchema, message);
 }
 
 /** An event as its customer sees it. */

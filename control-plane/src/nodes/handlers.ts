@@ -1,12 +1,6 @@
 // NodeService on the wire: translates, opens the transaction of a use case, and nothing else. Operators are no
 // tenant, so all of it works as clodei_system.
-import {
-  create,
-  type DescMessage,
-  type MessageInitShape,
-  type MessageShape,
-  type DescMethodUnary,
-} from "@bufbuild/protobuf";
+import type { DescMessage, DescMethodUnary, MessageInitShape, MessageShape } from "@bufbuild/protobuf";
 import { durationMs } from "@bufbuild/protobuf/wkt";
 import type { HandlerContext, ServiceImpl } from "@connectrpc/connect";
 import { ErrorReason, ErrorReasonSchema } from "@clodei/proto/gen/clodei/v1/error";
@@ -21,8 +15,8 @@ import {
 import type { NodeId } from "@clodei/proto/ids";
 import type { Clock } from "../platform/clock.ts";
 import type { SystemTx } from "../platform/database.ts";
-import { runIdempotent } from "../platform/idempotency.ts";
-import { decodePageToken, encodePageToken, filterHash, pageSizeOf } from "../platform/page-token.ts";
+import { runIdempotent, type StoredAnswer } from "../platform/idempotency.ts";
+import { decodePageToken, filterHash, pageOf, pageSizeOf } from "../platform/page-token.ts";
 import { platformOf } from "../rpc/context.ts";
 import type { Enrollment } from "./enrollment.ts";
 import type { FleetNode } from "./model.ts";
@@ -69,12 +63,8 @@ function tokenHandlers(options: NodeHandlersOptions) {
       const [afterId] = decodePageToken(request.pageToken, hash) ?? [];
       const size = pageSizeOf(request.pageSize);
       const found = await database.system((tx) => enrollment.listTokens(tx, afterId, size + 1));
-      const page = found.slice(0, size);
-      const last = page.at(-1);
-      return {
-        enrollmentTokens: page.map(enrollmentTokenToWire),
-        nextPageToken: found.length > size && last !== undefined ? encodePageToken(hash, [last.id]) : "",
-      };
+      const { page, nextPageToken } = pageOf(found, size, hash, ({ id }) => [id]);
+      return { enrollmentTokens: page.map(enrollmentTokenToWire), nextPageToken };
     },
     revokeEnrollmentToken: (request, context) =>
       mutate(options, NodeService.method.revokeEnrollmentToken, request, context, undefined, async (tx) => {
@@ -95,13 +85,8 @@ function readHandlers(options: NodeHandlersOptions) {
       return database.system(async (tx) => {
         const after = name === undefined || id === undefined ? undefined : { name, id };
         const found = await listNodes(tx, filter, after, size + 1);
-        const page = found.slice(0, size);
-        const last = page.at(-1);
-        return {
-          nodes: await toWire(options, tx, page),
-          nextPageToken:
-            found.length > size && last !== undefined ? encodePageToken(hash, [last.name, last.nodeId]) : "",
-        };
+        const { page, nextPageToken } = pageOf(found, size, hash, (last) => [last.name, last.nodeId]);
+        return { nodes: await toWire(options, tx, page), nextPageToken };
       });
     },
     async getNode(request) {
@@ -146,21 +131,12 @@ async function mutate<Req extends DescMessage, Res extends DescMessage>(
   method: DescMethodUnary<Req, Res>,
   request: MessageShape<Req> & { readonly idempotencyKey: string },
   context: HandlerContext,
-  redact: ((response: MessageShape<Res>) => MessageShape<Res>) | undefined,
+  storedAnswer: StoredAnswer<Res> | undefined,
   effect: (tx: SystemTx, callerId: string) => Promise<MessageInitShape<Res>>,
 ): Promise<MessageShape<Res>> {
   const { callerId } = platformOf(context);
-  const scope = { callerId, method: `${method.parent.typeName}.${method.name}`, key: request.idempotencyKey };
   const result = await options.database.system((tx) =>
-    runIdempotent(
-      tx,
-      scope,
-      method.input,
-      request,
-      method.output,
-      async () => create(method.output, await effect(tx, callerId)),
-      redact,
-    ),
+    runIdempotent(tx, { callerId, method, request }, () => effect(tx, callerId), storedAnswer),
   );
   if (result.redacted) {
     context.responseHeader.set("clodei-reason", ErrorReasonSchema.value[ErrorReason.SECRET_ALREADY_SHOWN].localName);
@@ -168,12 +144,11 @@ async function mutate<Req extends DescMessage, Res extends DescMessage>(
   return result.response;
 }
 
-function withoutToken<
-  Res extends MessageShape<typeof CreateEnrollmentTokenResponseSchema | typeof ReenrollNodeResponseSchema>,
->(response: Res): Res {
-  response.token = "";
-  return response;
-}
+const withoutToken = {
+  strip(response: MessageShape<typeof CreateEnrollmentTokenResponseSchema | typeof ReenrollNodeResponseSchema>): void {
+    response.token = "";
+  },
+};
 
 function tokenRequestOf(request: CreateEnrollmentTokenRequest) {
   return {

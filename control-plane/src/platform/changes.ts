@@ -16,7 +16,7 @@ export type NewChange = {
   readonly organizationId: OrganizationId | undefined;
   readonly kind: ChangeKind;
   readonly subjectId: string;
-  /** The object after the change, as the binary of its protobuf message. */
+  /** What readers need of the object as it was after the change, and cannot read elsewhere. */
   readonly payload: Uint8Array;
 };
 

@@ -1,16 +1,13 @@
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
-import { create } from "@bufbuild/protobuf";
+import { create, type DescMethodUnary } from "@bufbuild/protobuf";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import {
-  type CreateInstanceRequest,
   CreateInstanceRequestSchema,
-  CreateInstanceResponseSchema,
+  type CreateInstanceResponseSchema,
+  InstanceService,
 } from "@clodei/proto/gen/clodei/v1/instance_service";
-import {
-  CreateEnrollmentTokenRequestSchema,
-  CreateEnrollmentTokenResponseSchema,
-} from "@clodei/proto/gen/clodei/v1/node_service";
+import { CreateEnrollmentTokenRequestSchema, NodeService } from "@clodei/proto/gen/clodei/v1/node_service";
 import { newId, type OrganizationId } from "@clodei/proto/ids";
 import { DomainError } from "./errors.ts";
 import { hashRequest, type IdempotentResult, pruneIdempotencyRecords, runIdempotent } from "./idempotency.ts";
@@ -25,9 +22,8 @@ describe("idempotency", () => {
     await db[Symbol.asyncDispose]();
   });
 
-  const method = "clodei.v1.InstanceService.CreateInstance";
-  const request = (image: string): CreateInstanceRequest => create(CreateInstanceRequestSchema, { spec: { image } });
-  type Run = { organizationId: OrganizationId; callerId?: string; method?: string; key: string; image?: string };
+  type Method = DescMethodUnary<typeof CreateInstanceRequestSchema, typeof CreateInstanceResponseSchema>;
+  type Run = { organizationId: OrganizationId; callerId?: string; method?: Method; key: string; image?: string };
   let effects = 0;
   const run = (
     options: Run,
@@ -36,15 +32,19 @@ describe("idempotency", () => {
     db.database.tenant(options.organizationId, (tx) =>
       runIdempotent(
         tx,
-        { callerId: options.callerId ?? "key_1", method: options.method ?? method, key: options.key },
-        CreateInstanceRequestSchema,
-        request(options.image ?? "busybox"),
-        CreateInstanceResponseSchema,
+        {
+          callerId: options.callerId ?? "key_1",
+          method: options.method ?? InstanceService.method.createInstance,
+          request: create(CreateInstanceRequestSchema, {
+            spec: { image: options.image ?? "busybox" },
+            idempotencyKey: options.key,
+          }),
+        },
         async () => {
           effects += 1;
           const id = `effect ${effects}`;
           await during();
-          return create(CreateInstanceResponseSchema, { instance: { id } });
+          return { instance: { id } };
         },
       ),
     );
@@ -71,11 +71,12 @@ describe("idempotency", () => {
 
   test("a key belongs to its organization, caller and method", async () => {
     const [organizationId, other] = [newId("org"), newId("org")];
+    const otherMethod = { ...InstanceService.method.createInstance, name: "StopInstance" };
     const results = [
       await run({ organizationId, key: "k" }),
       await run({ organizationId: other, key: "k" }),
       await run({ organizationId, key: "k", callerId: "key_2" }),
-      await run({ organizationId, key: "k", method: "clodei.v1.InstanceService.StopInstance" }),
+      await run({ organizationId, key: "k", method: otherMethod }),
       await run({ organizationId, key: "" }),
       await run({ organizationId, key: "" }),
     ];
@@ -156,12 +157,17 @@ describe("idempotency", () => {
       db.database.system((tx) =>
         runIdempotent(
           tx,
-          { callerId: "opr_1", method: "clodei.v1.NodeService.CreateEnrollmentToken", key: "k" },
-          CreateEnrollmentTokenRequestSchema,
-          create(CreateEnrollmentTokenRequestSchema, { nodeName: "n" }),
-          CreateEnrollmentTokenResponseSchema,
-          async () => create(CreateEnrollmentTokenResponseSchema, { token: secret, enrollmentToken: { id: "ent_1" } }),
-          (response) => ({ ...response, token: "" }),
+          {
+            callerId: "opr_1",
+            method: NodeService.method.createEnrollmentToken,
+            request: create(CreateEnrollmentTokenRequestSchema, { nodeName: "n", idempotencyKey: "k" }),
+          },
+          async () => ({ token: secret, enrollmentToken: { id: "ent_1" } }),
+          {
+            strip(response) {
+              response.token = "";
+            },
+          },
         ),
       );
     const first = await call();

@@ -2,7 +2,16 @@
 // row that its transaction writes, so effect, answer and record commit together, a duplicate in flight waits for
 // that commit, and a failure burns no key.
 import { createHash } from "node:crypto";
-import { clone, type DescMessage, fromBinary, type MessageShape, toBinary } from "@bufbuild/protobuf";
+import {
+  clone,
+  create,
+  type DescMessage,
+  type DescMethodUnary,
+  fromBinary,
+  type MessageInitShape,
+  type MessageShape,
+  toBinary,
+} from "@bufbuild/protobuf";
 import { reflect, type ReflectMessage } from "@bufbuild/protobuf/reflect";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { type Database, sqlStateOf, type SystemTx, type TenantTx, type Tx } from "./database.ts";
@@ -15,13 +24,20 @@ const inFlightRetryMs = 1_000;
 export const idempotencyRetentionMs = 24 * 60 * 60 * 1_000;
 const lockNotAvailable = "55P03";
 
-/** Whose key it is. Scope of a key: the organization (of the transaction), the caller, and the method. */
-export type IdempotencyScope = {
+/** A request to run once. Scope of its key: the organization (of the transaction), the caller, and the method. */
+export type IdempotentCall<Req extends DescMessage, Res extends DescMessage> = {
   readonly callerId: string;
-  /** The full name of the method, "clodei.v1.InstanceService.CreateInstance". */
-  readonly method: string;
-  /** The caller's key. Empty: no protection, the effect runs. */
-  readonly key: string;
+  readonly method: DescMethodUnary<Req, Res>;
+  /** With an empty key there is no protection: the effect runs. */
+  readonly request: MessageShape<Req> & { readonly idempotencyKey: string };
+};
+
+/** What of an answer is stored, where that is not all of it. */
+export type StoredAnswer<Res extends DescMessage> = {
+  /** Takes out of a copy of the answer what is not to be stored. */
+  readonly strip: (response: MessageShape<Res>) => void;
+  /** Puts it back where the answer is replayed. Absent: it was a secret, and is gone. */
+  readonly restore?: (response: MessageShape<Res>) => Promise<void>;
 };
 
 /** An answer, and whether it is that of an earlier request. */
@@ -34,30 +50,33 @@ export type IdempotentResult<Res> = {
 
 /**
  * Runs the effect of a request once. Call it first in the transaction, and after authorization.
- * @param redact takes the secrets out of the answer before it is stored.
  * @throws DomainError IDEMPOTENCY_KEY_REUSED when the key came with other content, IDEMPOTENCY_KEY_IN_FLIGHT when
  *   the first request still runs after 5 seconds.
  */
 export async function runIdempotent<Req extends DescMessage, Res extends DescMessage>(
   tx: TenantTx | SystemTx,
-  scope: IdempotencyScope,
-  requestSchema: Req,
-  request: MessageShape<Req>,
-  responseSchema: Res,
-  effect: () => Promise<MessageShape<Res>>,
-  redact?: (response: MessageShape<Res>) => MessageShape<Res>,
+  call: IdempotentCall<Req, Res>,
+  effect: () => Promise<MessageInitShape<Res>>,
+  storedAnswer?: StoredAnswer<Res>,
 ): Promise<IdempotentResult<MessageShape<Res>>> {
-  if (scope.key === "") return { response: await effect(), replayed: false, redacted: false };
+  const { method, request } = call;
+  const run = async () => create(method.output, await effect());
+  if (request.idempotencyKey === "") return { response: await run(), replayed: false, redacted: false };
   const organizationId = "organizationId" in tx ? tx.organizationId : "";
-  const id = [organizationId, scope.callerId, scope.method, scope.key];
-  const hash = hashRequest(requestSchema, request);
-  if (!(await insertRecord(tx, id, hash))) return replay(tx, id, hash, responseSchema);
-  const response = await effect();
-  const stored = redact === undefined ? response : redact(clone(responseSchema, response));
+  const id = [organizationId, call.callerId, `${method.parent.typeName}.${method.name}`, request.idempotencyKey];
+  const hash = hashRequest(method.input, request);
+  if (!(await insertRecord(tx, id, hash))) {
+    const replayed = await replay(tx, id, hash, method.output);
+    await storedAnswer?.restore?.(replayed.response);
+    return replayed;
+  }
+  const response = await run();
+  const stored = clone(method.output, response);
+  storedAnswer?.strip(stored);
   await tx.execute(
     `update idempotency_records set response = $5, redacted = $6
     where organization_id = $1 and caller_id = $2 and method = $3 and key = $4`,
-    [...id, toBinary(responseSchema, stored), redact !== undefined],
+    [...id, toBinary(method.output, stored), storedAnswer !== undefined && storedAnswer.restore === undefined],
   );
   return { response, replayed: false, redacted: false };
 }

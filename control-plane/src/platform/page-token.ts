@@ -51,6 +51,19 @@ function parse(token: string): unknown[] {
   }
 }
 
+/** A page of what was found, of which one more than its size was asked for, and the token of the next. */
+export function pageOf<T>(
+  found: readonly T[],
+  size: number,
+  hash: string,
+  positionOf: (last: T) => readonly string[],
+): { readonly page: readonly T[]; readonly nextPageToken: string } {
+  const page = found.slice(0, size);
+  const last = page.at(-1);
+  const isCut = found.length > size && last !== undefined;
+  return { page, nextPageToken: isCut ? encodePageToken(hash, positionOf(last)) : "" };
+}
+
 /** How many rows a page has: 0 asks for the default. */
 export function pageSizeOf(requested: number): number {
   return requested === 0 ? defaultPageSize : Math.min(requested, maxPageSize);
