@@ -210,21 +210,59 @@ export async function insertCertificate(
     readonly serial: string;
     readonly nodeId: NodeId;
     readonly publicKeyHash: Uint8Array;
+    readonly der: Uint8Array;
     readonly createTime: Date;
     readonly expireTime: Date;
   },
 ): Promise<void> {
+  const { serial, nodeId, publicKeyHash, der, createTime, expireTime } = certificate;
   await tx.execute(
-    `insert into node_certificates (serial, node_id, public_key_hash, state, create_time, expire_time)
-     values ($1, $2, $3, 'active', $4, $5)`,
-    [certificate.serial, certificate.nodeId, certificate.publicKeyHash, certificate.createTime, certificate.expireTime],
+    `insert into node_certificates (serial, node_id, public_key_hash, certificate, state, create_time, expire_time)
+     values ($1, $2, $3, $4, 'active', $5, $6)`,
+    [serial, nodeId, publicKeyHash, der, createTime, expireTime],
   );
+}
+
+/** The newest certificate for a key, in DER, where it was issued after a time and never used. */
+export async function readUnusedCertificate(
+  tx: SystemTx,
+  nodeId: NodeId,
+  publicKeyHash: Uint8Array,
+  issuedAfter: Date,
+): Promise<{ readonly der: Uint8Array; readonly expireTime: Date } | undefined> {
+  const [row] = await tx.query<{ certificate: Buffer; expire_time: Date }>(
+    `select certificate, expire_time from node_certificates
+     where node_id = $1 and public_key_hash = $2 and state = 'active' and first_use_time is null
+       and certificate is not null and create_time > $3
+     order by issue_order desc limit 1`,
+    [nodeId, publicKeyHash, issuedAfter],
+  );
+  return row && { der: row.certificate, expireTime: row.expire_time };
+}
+
+/**
+ * When the certificate was issued that has so many newer ones, of those that were issued to a node after a time.
+ * An operator's decision to enroll the node again starts anew.
+ */
+export async function readNthIssueTime(
+  tx: SystemTx,
+  nodeId: NodeId,
+  issuedAfter: Date,
+  newer: number,
+): Promise<Date | undefined> {
+  const [row] = await tx.query<{ create_time: Date }>(
+    `select create_time from node_certificates
+     where node_id = $1 and state <> 'ended' and create_time > $2
+     order by issue_order desc offset $3 limit 1`,
+    [nodeId, issuedAfter, newer],
+  );
+  return row?.create_time;
 }
 
 /** Ends the oldest certificates that were handed out and never used, beyond so many. */
 export async function supersedeUnused(tx: SystemTx, nodeId: NodeId, keep: number): Promise<void> {
   await tx.execute(
-    `update node_certificates set state = 'superseded'
+    `update node_certificates set state = 'superseded', certificate = null
      where serial in (
        select serial from node_certificates
        where node_id = $1 and state = 'active' and first_use_time is null
@@ -237,7 +275,7 @@ export async function supersedeUnused(tx: SystemTx, nodeId: NodeId, keep: number
 /** Notes the first use of a certificate and supersedes the older ones of its node. @returns whether it was the first. */
 export async function markCertificateUsed(tx: SystemTx, serial: string, now: Date): Promise<boolean> {
   const used = await tx.query<{ node_id: NodeId; issue_order: bigint }>(
-    `update node_certificates set first_use_time = $2
+    `update node_certificates set first_use_time = $2, certificate = null
      where serial = $1 and state = 'active' and first_use_time is null
      returning node_id, issue_order`,
     [serial, now],
@@ -245,7 +283,8 @@ export async function markCertificateUsed(tx: SystemTx, serial: string, now: Dat
   const [row] = used;
   if (row === undefined) return false;
   await tx.execute(
-    `update node_certificates set state = 'superseded' where node_id = $1 and issue_order < $2 and state = 'active'`,
+    `update node_certificates set state = 'superseded', certificate = null
+     where node_id = $1 and issue_order < $2 and state = 'active'`,
     [row.node_id, row.issue_order],
   );
   return true;
@@ -253,7 +292,10 @@ export async function markCertificateUsed(tx: SystemTx, serial: string, now: Dat
 
 /** Ends every certificate of a node. */
 export async function endCertificates(tx: SystemTx, nodeId: NodeId): Promise<void> {
-  await tx.execute("update node_certificates set state = 'ended' where node_id = $1 and state <> 'ended'", [nodeId]);
+  await tx.execute(
+    "update node_certificates set state = 'ended', certificate = null where node_id = $1 and state <> 'ended'",
+    [nodeId],
+  );
 }
 
 /** Whether a node has used a certificate for another key since this key was first certified for it. */

@@ -94,7 +94,7 @@ describe("enrollment", () => {
     const first = await enroll(token, key);
     const second = await enroll(token, key);
     assert.equal(second.node.nodeId, first.node.nodeId);
-    assert.notEqual(serialOf(second), serialOf(first));
+    assert.equal(serialOf(second), serialOf(first));
     assert.equal(await faultOf(second), undefined);
   });
 
@@ -240,6 +240,43 @@ describe("renewal over the node link", () => {
     const faults = await Promise.all(renewed.map(faultOf));
     assert.deepEqual(faults, ["superseded", "superseded", undefined, undefined, undefined, undefined]);
     assert.equal(await faultOf(identity), undefined);
+  });
+
+  test("that is repeated because its answer was lost gets the same certificate, and one for a used key a new one", async () => {
+    const { identity } = await fleet.enrollNode();
+    await use(identity);
+    const key = await createNodeKey();
+    const lost = await renew(identity.node.nodeId, key);
+    fleet.advance(60_000);
+    const again = await renew(identity.node.nodeId, key);
+    assert.deepEqual([again.certificate, again.expireTime], [lost.certificate, lost.expireTime]);
+    await use(again);
+    assert.notEqual(serialOf(await renew(identity.node.nodeId, key)), serialOf(again));
+  });
+
+  test("is refused to a node that asks without end, until an hour has passed, and never as a repeat", async () => {
+    const { identity } = await fleet.enrollNode();
+    const { nodeId } = identity.node;
+    await use(identity);
+    const keys = await Promise.all(Array.from({ length: 7 }, () => createNodeKey()));
+    for (const key of keys) {
+      await renew(nodeId, key);
+      fleet.advance(60_000);
+    }
+    // The enrollment's own certificate is the first of eight.
+    await assert.rejects(renew(nodeId, await createNodeKey()), (error) => {
+      assert.ok(reasoned(ErrorReason.RATE_LIMITED)(error));
+      assert.ok(error instanceof DomainError);
+      assert.equal(error.retryAfterMs, (60 - 7) * 60_000);
+      return true;
+    });
+    const lost = keys.at(-1);
+    assert.ok(lost);
+    await renew(nodeId, lost);
+    const { identity: other } = await fleet.enrollNode();
+    await renew(other.node.nodeId, await createNodeKey());
+    fleet.advance(53 * 60_000);
+    await renew(nodeId, await createNodeKey());
   });
 
   test("is refused to a revoked and to a quarantined node", async () => {

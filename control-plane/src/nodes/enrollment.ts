@@ -69,6 +69,13 @@ const reenrollmentLifetimeMs = 60 * 60 * 1000;
  */
 const maxUnusedCertificates = 4;
 
+/**
+ * Certificates that are issued to one node in an hour: it enrolls and renews twice in a certificate's life, and may
+ * fail at it. Where certificates live less than half an hour, in two of their lives.
+ */
+const maxCertificatesPerHour = 8;
+const issueWindowMs = 60 * 60 * 1000;
+
 /** Replicas' clocks agree within this: a used challenge is remembered so much longer than it lives. */
 const clockMarginMs = 5 * 60 * 1000;
 
@@ -228,9 +235,10 @@ export class Enrollment {
   // ---- renewal ------------------------------------------------------------------------------------------------
 
   /**
-   * Renews over the node link. The old certificate is good until the new one is used (`certificateUsed`).
+   * Renews over the node link. The old certificate is good until the new one is used (`certificateUsed`). The same
+   * request again, because its answer was lost, gets the same certificate.
    *
-   * @throws DomainError INVALID_ARGUMENT, NODE_REVOKED, NODE_QUARANTINED, NOT_FOUND.
+   * @throws DomainError INVALID_ARGUMENT, NODE_REVOKED, NODE_QUARANTINED, NOT_FOUND, RATE_LIMITED.
    */
   async renew(tx: SystemTx, nodeId: NodeId, certificateRequest: Uint8Array): Promise<Identity> {
     const key = await requireKey(certificateRequest);
@@ -286,9 +294,19 @@ export class Enrollment {
 
   // ---- inside -------------------------------------------------------------------------------------------------
 
+  /** The node's row is locked, so that no two requests are counted as one. */
   async #certify(tx: SystemTx, node: FleetNode, key: RequestedKey): Promise<Identity> {
     const { authority, clock, certificateLifetimeMs, nodeEndpoint } = this.#options;
     const now = clock();
+    const { trustBundle } = authority;
+    // One whose life has begun just now, and not one of another CA.
+    const repeatable = new Date(now.getTime() - Math.min(issueWindowMs, certificateLifetimeMs / 4));
+    const repeated = await enrollmentStore.readUnusedCertificate(tx, node.nodeId, key.publicKeyHash, repeatable);
+    if (repeated !== undefined && authority.issued(repeated.der) !== undefined) {
+      const { der, expireTime } = repeated;
+      return { node, certificate: new Uint8Array(der), trustBundle, nodeEndpoint: nodeEndpoint(), expireTime };
+    }
+    await assertMayIssue(tx, node.nodeId, certificateLifetimeMs, now);
     const certificate = await authority.issueNodeCertificate({
       nodeId: node.nodeId,
       location: node.location,
@@ -300,6 +318,7 @@ export class Enrollment {
       serial: certificate.serial,
       nodeId: node.nodeId,
       publicKeyHash: key.publicKeyHash,
+      der: certificate.der,
       createTime: now,
       expireTime: certificate.notAfter,
     });
@@ -307,7 +326,7 @@ export class Enrollment {
     return {
       node,
       certificate: certificate.der,
-      trustBundle: authority.trustBundle,
+      trustBundle,
       nodeEndpoint: nodeEndpoint(),
       expireTime: certificate.notAfter,
     };
@@ -344,4 +363,16 @@ export class Enrollment {
       },
     );
   }
+}
+
+/** @throws DomainError RATE_LIMITED where the node was issued as many certificates as it may have for now. */
+async function assertMayIssue(tx: SystemTx, nodeId: NodeId, lifetimeMs: number, now: Date): Promise<void> {
+  const windowMs = Math.min(issueWindowMs, 2 * lifetimeMs);
+  const after = new Date(now.getTime() - windowMs);
+  const oldest = await enrollmentStore.readNthIssueTime(tx, nodeId, after, maxCertificatesPerHour - 1);
+  if (oldest === undefined) return;
+  const retryAfterMs = oldest.getTime() + windowMs - now.getTime();
+  throw new DomainError(ErrorReason.RATE_LIMITED, "the node asks for certificates too often: it has new ones already", {
+    retryAfterMs,
+  });
 }

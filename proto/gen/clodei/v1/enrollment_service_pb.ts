@@ -283,7 +283,8 @@ export const EnrollmentService: GenService<{
     output: typeof CreateRenewalChallengeResponseSchema;
   },
   /**
-   * Renews a certificate that ran out at most 30 days ago, against a signature of the node's old key.
+   * Renews a certificate that ran out at most 30 days ago, against a signature of the node's old key. Counts as a
+   * certificate of the node's, of which it is issued at most 8 an hour; RESOURCE_EXHAUSTED says when to come again.
    *
    * @generated from rpc clodei.v1.EnrollmentService.RenewExpired
    */

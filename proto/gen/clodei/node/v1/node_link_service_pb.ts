@@ -1458,7 +1458,9 @@ export const NodeLinkService: GenService<{
     output: typeof UploadLogsResponseSchema;
   },
   /**
-   * Renews the node's certificate. The old one is valid until the new one is used.
+   * Renews the node's certificate. The old one is valid until the new one is used. The same request again, because
+   * its answer was lost, gets the same certificate. A node is issued at most 8 certificates an hour, its enrollment
+   * included; then RESOURCE_EXHAUSTED says in RetryInfo when to come again.
    *
    * @generated from rpc clodei.node.v1.NodeLinkService.RenewCertificate
    */
