@@ -20,7 +20,10 @@ export const dispatchLimits = {
   probeTimeoutMs: 5_000,
   /** How long a newcomer must stay after the older session answered: a Hello that was only late is followed by its connection's end. */
   cloneGraceMs: 1_000,
-  /** Log streams of one node, in this process. The agent has a limit of its own. */
+  /**
+   * Log streams of one node, in this process. The agent has a limit of its own. An organization holds at most as many
+   * of them as it leaves free.
+   */
   maxLogStreamsPerNode: 64,
   /** Log streams of one caller, in this process. */
   maxLogStreamsPerCaller: 32,

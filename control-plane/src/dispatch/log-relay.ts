@@ -14,7 +14,7 @@ import {
   type UploadLogsRequestSchema,
 } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
-import type { NodeId } from "@clodei/proto/ids";
+import type { NodeId, OrganizationId } from "@clodei/proto/ids";
 import { DomainError } from "../platform/errors.ts";
 import type { CertificateGate, Peer } from "./certificate-gate.ts";
 import { encodeMessage, type Encoded } from "./grpc-adapter.ts";
@@ -69,7 +69,7 @@ type OpenStream = {
 /** Relays output. */
 export class LogRelay {
   readonly #open = new Map<string, OpenStream>();
-  readonly #perNode = new Map<NodeId, number>();
+  readonly #perNode = new Map<NodeId, Map<OrganizationId, number>>();
   readonly #gate: CertificateGate;
   readonly #limits: DispatchLimits;
   readonly #metrics: DispatchMetrics;
@@ -86,12 +86,14 @@ export class LogRelay {
    * @throws LogLinkBroken where the link broke, LogsNotHeld where the agent has none, DomainError where there are
    *   too many streams, and the signal's reason where it aborts.
    */
-  async *read(session: NodeSession, query: LogsQuery, signal: AbortSignal): AsyncGenerator<LogPiece> {
+  async *read(
+    session: NodeSession,
+    organizationId: OrganizationId,
+    query: LogsQuery,
+    signal: AbortSignal,
+  ): AsyncGenerator<LogPiece> {
     const { nodeId } = session;
-    const count = this.#perNode.get(nodeId) ?? 0;
-    if (count >= this.#limits.maxLogStreamsPerNode) throw tooManyStreams(this.#limits.nodeUnreachableRetryMs);
-    this.#perNode.set(nodeId, count + 1);
-    this.#metrics.logStreams.inc();
+    using _slot = this.#takeSlot(nodeId, organizationId);
     const stream: OpenStream = {
       id: randomUUID(),
       nodeId,
@@ -113,7 +115,6 @@ export class LogRelay {
       throw new LogLinkBroken("the agent ended the stream before its end");
     } finally {
       this.#open.delete(stream.id);
-      this.#release(nodeId);
       if (!finished) session.link.send({ case: "closeLogs", value: create(CloseLogsSchema, { streamId: stream.id }) });
       stream.done.resolve();
     }
@@ -212,16 +213,33 @@ export class LogRelay {
     }
   }
 
-  #release(nodeId: NodeId): void {
-    const count = (this.#perNode.get(nodeId) ?? 1) - 1;
-    if (count === 0) this.#perNode.delete(nodeId);
-    else this.#perNode.set(nodeId, count);
-    this.#metrics.logStreams.dec();
+  /**
+   * An organization holds at most as many of a node's streams as it leaves free: alone it has half of them, and however
+   * many keys it has, there are some for the others.
+   */
+  #takeSlot(nodeId: NodeId, organizationId: OrganizationId): Disposable {
+    const held = this.#perNode.get(nodeId) ?? new Map<OrganizationId, number>();
+    const free = this.#limits.maxLogStreamsPerNode - held.values().reduce((sum, count) => sum + count, 0);
+    const own = held.get(organizationId) ?? 0;
+    if (own >= free) throw tooManyStreams(this.#limits.nodeUnreachableRetryMs);
+    this.#perNode.set(nodeId, held.set(organizationId, own + 1));
+    this.#metrics.logStreams.inc();
+    return {
+      [Symbol.dispose]: (): void => {
+        const left = (held.get(organizationId) ?? 1) - 1;
+        if (left > 0) held.set(organizationId, left);
+        else held.delete(organizationId);
+        if (held.size === 0) this.#perNode.delete(nodeId);
+        this.#metrics.logStreams.dec();
+      },
+    };
   }
 }
 
 function tooManyStreams(retryAfterMs: number): DomainError {
-  return new DomainError(ErrorReason.RATE_LIMITED, "too many log streams of this node are open", { retryAfterMs });
+  return new DomainError(ErrorReason.RATE_LIMITED, "too many log streams of this node are open: close one first", {
+    retryAfterMs,
+  });
 }
 
 function violation(message: string): DomainError {

@@ -7,7 +7,7 @@ import { AttemptPhase, LogsRefusedReason, type OpenLogs } from "@clodei/proto/ge
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { InstanceReason } from "@clodei/proto/gen/clodei/v1/instance";
 import { LogStream, type StreamLogsResponseSchema } from "@clodei/proto/gen/clodei/v1/instance_service";
-import { newId, type InstanceId } from "@clodei/proto/ids";
+import { newId, type InstanceId, type OrganizationId } from "@clodei/proto/ids";
 import { DomainError } from "../platform/errors.ts";
 import { reasonName } from "../rpc/errors.ts";
 import { createNodeClient, eventually, ScriptedAgent, type LogUpload } from "./scripted-agent.ts";
@@ -24,7 +24,7 @@ before(async () => {
   fleet = await TestFleet.start();
   replica = await fleet.startReplica({
     leaseMs: 30_000,
-    limits: { maxLogStreamsPerCaller: 3, maxLogStreamsPerNode: 2, logsOpenTimeoutMs: 1_500 },
+    limits: { maxLogStreamsPerCaller: 3, maxLogStreamsPerNode: 4, logsOpenTimeoutMs: 1_500 },
   });
 });
 after(() => fleet[Symbol.asyncDispose]());
@@ -281,6 +281,29 @@ test("streams of one caller and of one node are limited", async () => {
   const again = collect(fleet.streamLogs(replica, { instanceId }));
   agent.upload(await agent.next("openLogs")).end(true);
   assert.equal(await again.done, "ended", "what was released can be taken again");
+});
+
+test("an organization leaves streams of a node to others, however many keys it has", async () => {
+  const abort = new AbortController();
+  const follow = (organizationId: OrganizationId, id: InstanceId) =>
+    collect(
+      fleet.streamLogs(
+        replica,
+        { instanceId: id, follow: true },
+        { organizationId, callerId: newId("key"), signal: abort.signal },
+      ),
+    );
+  const readers = [1, 2].map(() => follow(fleet.organizationId, instanceId));
+  await agent.next("openLogs");
+  await agent.next("openLogs");
+  assertReason(await follow(fleet.organizationId, instanceId).done, ErrorReason.RATE_LIMITED);
+  const other = newId("org");
+  const theirs = await fleet.createInstance(replica, {}, other);
+  await agent.desired(2);
+  readers.push(follow(other, theirs));
+  assert.equal((await agent.next("openLogs")).attempt?.instanceId, theirs);
+  abort.abort();
+  await Promise.all(readers.map(({ done }) => done));
 });
 
 /** More than the test's node has: it waits in PENDING. */

@@ -130,6 +130,7 @@ export class LogStreams {
     try {
       const pieces = this.#options.relay.read(
         session,
+        reader.organizationId,
         {
           attempt: { instanceId: reader.instanceId, attempt },
           follow: request.follow,

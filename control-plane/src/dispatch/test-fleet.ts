@@ -11,7 +11,7 @@ import {
   type StreamLogsResponseSchema,
 } from "@clodei/proto/gen/clodei/v1/instance_service";
 import { Role } from "@clodei/proto/gen/clodei/options/v1/options";
-import { newId, type InstanceId, type NodeId, type OrganizationId } from "@clodei/proto/ids";
+import { type ApiKeyId, newId, type InstanceId, type NodeId, type OrganizationId } from "@clodei/proto/ids";
 import { Registry } from "prom-client";
 import { InstancesService } from "../instances/service.ts";
 import { startScheduler } from "../instances/scheduler.ts";
@@ -142,9 +142,13 @@ export class TestFleet implements AsyncDisposable {
     await database.system((tx) => revokeNode(tx, nodeId, "test", this.clock(), wakeups));
   }
 
-  /** Creates an instance of the test's organization; the scheduler places it. */
-  async createInstance(replica: Replica, spec: MessageInitShape<typeof InstanceSpecSchema> = {}): Promise<InstanceId> {
-    const instance = await this.db.database.tenant(this.organizationId, (tx) =>
+  /** Creates an instance, of the test's organization where none is named; the scheduler places it. */
+  async createInstance(
+    replica: Replica,
+    spec: MessageInitShape<typeof InstanceSpecSchema> = {},
+    organizationId: OrganizationId = this.organizationId,
+  ): Promise<InstanceId> {
+    const instance = await this.db.database.tenant(organizationId, (tx) =>
       replica.instances.create(
         tx,
         create(InstanceSpecSchema, { image: "library/busybox:latest", cpuMillis: 100, memoryMib: 64, ...spec }),
@@ -163,9 +167,17 @@ export class TestFleet implements AsyncDisposable {
   streamLogs(
     replica: Replica,
     request: MessageInitShape<typeof StreamLogsRequestSchema>,
-    options: { readonly signal?: AbortSignal; readonly organizationId?: OrganizationId } = {},
+    options: {
+      readonly signal?: AbortSignal;
+      readonly organizationId?: OrganizationId;
+      readonly callerId?: ApiKeyId;
+    } = {},
   ): AsyncIterable<MessageInitShape<typeof StreamLogsResponseSchema>> {
-    const context = this.#contextOf(options.organizationId ?? this.organizationId, options.signal);
+    const context = this.#contextOf(
+      options.organizationId ?? this.organizationId,
+      options.callerId ?? testCallerId,
+      options.signal,
+    );
     return replica.listener.handlers.streamLogs(create(StreamLogsRequestSchema, request), context);
   }
 
@@ -181,7 +193,7 @@ export class TestFleet implements AsyncDisposable {
     });
   }
 
-  #contextOf(organizationId: OrganizationId, signal: AbortSignal | undefined): HandlerContext {
+  #contextOf(organizationId: OrganizationId, callerId: ApiKeyId, signal: AbortSignal | undefined): HandlerContext {
     const values = createRequestValues({
       requestId: "test",
       address: "127.0.0.1",
@@ -192,7 +204,7 @@ export class TestFleet implements AsyncDisposable {
         kind: "customer",
         organizationId,
         organizationName: "test",
-        callerId: testCallerId,
+        callerId,
         credential: "api_key",
         roles: new Set([Role.MEMBER]),
         emailVerified: true,
