@@ -175,7 +175,7 @@ function createDomain(config: Config, base: Base): Domain {
   });
   const nodes = new NodesService({ enrollment, clock, wakeups, log, registry: metrics.registry, leaseMs });
   const placement = new PlacementService(nodes);
-  const catalog = new CatalogService({ placement, imageAllowlist });
+  const catalog = new CatalogService({ database, placement, imageAllowlist, maxAgeMs: pollIntervalMs });
   const instances = new InstancesService({ nodes, placement, wakeups, clock, imageAllowlist });
   const drain = base.draining.signal;
   const watches = new Watches({ database, instances, wakeups, clock, drain, pollIntervalMs });
@@ -288,7 +288,7 @@ function registerServices(
   const services = [...publicServices, Health, ServerReflection, AlphaReflection];
   const reflection = createReflection(services);
   router.service(InstanceService, { ...instanceHandlers({ database, instances, watches }), ...nodeListener.handlers });
-  router.service(CatalogServiceDescriptor, catalogHandlers({ database, catalog }));
+  router.service(CatalogServiceDescriptor, catalogHandlers({ catalog }));
   router.service(
     NodeService,
     nodeHandlers({

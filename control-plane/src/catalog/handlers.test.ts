@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { after, before, describe, it } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { createRouterTransport, createClient, type Interceptor } from "@connectrpc/connect";
 import { Availability, CatalogService as CatalogServiceDescriptor } from "@clodei/proto/gen/clodei/v1/catalog_service";
 import { newId } from "@clodei/proto/ids";
@@ -51,12 +52,14 @@ function node(country: string, list: FleetGpu[], fields: Partial<FleetNode> = {}
   };
 }
 
-function client(fleet: FleetNode[]) {
+function client(fleet: FleetNode[], readFleet = () => Promise.resolve(fleet)) {
   const catalog = new CatalogService({
-    placement: { readFleet: () => Promise.resolve(fleet) },
+    database: db.database,
+    placement: { readFleet },
     imageAllowlist: defaultImageAllowlist,
+    maxAgeMs: 200,
   });
-  const handlers = catalogHandlers({ database: db.database, catalog });
+  const handlers = catalogHandlers({ catalog });
   return createClient(
     CatalogServiceDescriptor,
     createRouterTransport((router) => router.service(CatalogServiceDescriptor, handlers), {
@@ -104,6 +107,34 @@ describe("offers", () => {
     assert.deepEqual(countries, ["AT", "BE", "CZ", "DE", "ES"]);
     const { nextPageToken } = await catalog.listOffers({ pageSize: 2 });
     await assert.rejects(catalog.listOffers({ gpuModel: "L40S", pageToken: nextPageToken }), /page_token/);
+  });
+});
+
+describe("a look at the fleet", () => {
+  it("is shared by all who ask, is made anew when it is old, and a failed one is nobody's after it", async () => {
+    const fleet = [node("ES", gpus(1, 0))];
+    let looks = 0;
+    let failure: Error | undefined;
+    const catalog = client(fleet, () => {
+      looks += 1;
+      return failure === undefined ? Promise.resolve([...fleet]) : Promise.reject(failure);
+    });
+    const ask = async () => (await catalog.listOffers({})).offers.length;
+    assert.deepEqual(new Set(await Promise.all(Array.from({ length: 100 }, ask))), new Set([1]));
+    assert.equal((await catalog.listLocations({})).locations.length, 1);
+    assert.equal(looks, 1);
+    fleet.push(node("FR", gpus(1, 0)));
+    while ((await ask()) !== 2) await sleep(20);
+    assert.equal(looks, 2);
+    failure = new Error("the database is away");
+    const fails = () =>
+      ask().then(
+        () => false,
+        () => true,
+      );
+    while (!(await fails())) await sleep(20);
+    failure = undefined;
+    assert.equal(await ask(), 2);
   });
 });
 

@@ -8,28 +8,27 @@ import {
   ListLocationsResponseSchema,
   ListOffersResponseSchema,
 } from "@clodei/proto/gen/clodei/v1/catalog_service";
-import type { Database } from "../platform/database.ts";
 import { decodePageToken, filterHash, pageOf, pageSizeOf } from "../platform/page-token.ts";
 import { locationKey, offerKey, type Availability as OfferAvailability } from "./model.ts";
 import type { CatalogService } from "./service.ts";
 
 /** The handlers of CatalogService. */
-export function catalogHandlers(options: {
-  readonly database: Database;
+export function catalogHandlers({
+  catalog,
+}: {
   readonly catalog: CatalogService;
 }): ServiceImpl<typeof CatalogServiceDescriptor> {
-  const { database, catalog } = options;
   return {
     async listOffers(request) {
       const { country, region, datacenter } = request.location ?? {};
       const filter = { gpuModel: request.gpuModel, location: { country, region, datacenter } };
-      const all = await database.system((tx) => catalog.offers(tx, filter));
+      const all = await catalog.offers(filter);
       const { page, nextPageToken } = paginate(all, offerKey, request, filterHash(["offers", filter]));
       const offers = page.map((offer) => ({ ...offer, availability: availabilities[offer.availability] }));
       return create(ListOffersResponseSchema, { offers, nextPageToken });
     },
     async listLocations(request) {
-      const all = await database.system((tx) => catalog.locations(tx));
+      const all = await catalog.locations();
       const { page, nextPageToken } = paginate(all, locationKey, request, filterHash(["locations"]));
       return create(ListLocationsResponseSchema, {
         locations: page.map((location) => ({ ...location })),

@@ -25,14 +25,12 @@ export type OfferFilter = {
 const lowShare = 0.25;
 
 /** The fleet's offers, by model, memory and location. GPUs that cannot be placed on are no offer. */
-export function listOffers(fleet: readonly FleetNode[], filter: OfferFilter): Offer[] {
-  const gpus = fleet
-    .filter((node) => isInLocation(filter.location, node.location))
-    .flatMap((node) =>
-      node.gpus
-        .filter((gpu) => gpu.usable && (filter.gpuModel === "" || gpu.model === filter.gpuModel))
-        .map((gpu) => ({ gpu, location: node.location, isFree: node.obstacle === undefined && !gpu.allocated })),
-    );
+export function listOffers(fleet: readonly FleetNode[]): Offer[] {
+  const gpus = fleet.flatMap((node) =>
+    node.gpus
+      .filter((gpu) => gpu.usable)
+      .map((gpu) => ({ gpu, location: node.location, isFree: node.obstacle === undefined && !gpu.allocated })),
+  );
   const groups = Map.groupBy(gpus, ({ gpu, location }) =>
     JSON.stringify([gpu.model, gpu.memoryMib, locationKey(location), gpu.simulated]),
   );
@@ -46,6 +44,14 @@ export function listOffers(fleet: readonly FleetNode[], filter: OfferFilter): Of
       return [{ gpuModel, gpuMemoryMib, location, simulated, availability: availabilityOf(free, group.length) }];
     })
     .toSorted((a, b) => compareText(offerKey(a), offerKey(b)));
+}
+
+/** Those of the offers that are meant. */
+export function filterOffers(offers: readonly Offer[], filter: OfferFilter): Offer[] {
+  return offers.filter(
+    ({ gpuModel, location }) =>
+      (filter.gpuModel === "" || gpuModel === filter.gpuModel) && isInLocation(filter.location, location),
+  );
 }
 
 /** The fleet's locations, by country, region and datacenter. */

@@ -1,7 +1,7 @@
 // Gives waiting instances their place, and follows what becomes of nodes. Reconcilers that take no input: a hint
 // runs them at once, a timer anyway. Any number of replicas may run them; placement itself happens under one lock.
 import type { InstanceId, NodeId } from "@clodei/proto/ids";
-import type { FleetNode as NodeRecord, NodesService } from "../nodes/service.ts";
+import type { NodesService, NodeStanding } from "../nodes/service.ts";
 import {
   AllocationConflict,
   explainWaiting,
@@ -39,7 +39,7 @@ import type { Actor } from "./wire.ts";
 /** What the scheduler needs. */
 export type SchedulerOptions = {
   readonly database: Database;
-  readonly nodes: Pick<NodesService, "nodes" | "bumpDesiredGeneration">;
+  readonly nodes: Pick<NodesService, "standings" | "bumpDesiredGeneration">;
   readonly placement: PlacementService;
   readonly wakeups: Wakeups;
   readonly clock: Clock;
@@ -133,23 +133,22 @@ export class Scheduler {
   /** Writes onto instances what became of their nodes: revoked, silent, back. */
   async followNodes(signal: AbortSignal): Promise<void> {
     const { database, nodes } = this.#options;
-    const { inUse, records } = await database.system(async (tx) => {
+    const { inUse, standings } = await database.system(async (tx) => {
       const used = await selectNodesInUse(tx);
       const ids = used.map(({ nodeId }) => nodeId);
-      return { inUse: used, records: ids.length === 0 ? [] : await nodes.nodes(tx, ids) };
+      return { inUse: used, standings: await nodes.standings(tx, ids) };
     });
     const full = inUse.filter(({ instances }) => instances >= maxInstancesPerNode);
     this.#fullNodes = new Set(full.map(({ nodeId }) => nodeId));
-    const byId = new Map(records.map((record) => [record.nodeId, record]));
     for (const { nodeId, hasReachable, hasUnreachable } of inUse) {
-      const record = byId.get(nodeId);
-      if (record === undefined) continue;
+      const standing = standings.get(nodeId);
+      if (standing === undefined) continue;
       const now = this.#options.clock();
-      if (record.state === "revoked") {
+      if (standing.state === "revoked") {
         await this.#changeOnNode(nodeId, undefined, (instance) => loseNode(instance, now), signal);
         continue;
       }
-      const reachable = isReachable(record);
+      const reachable = isReachable(standing);
       if (reachable ? hasUnreachable : hasReachable) {
         await this.#changeOnNode(nodeId, !reachable, (instance) => noteReachability(instance, reachable), signal);
       }
@@ -283,7 +282,7 @@ export function decideAll(
 }
 
 /** A node in quarantine takes no new work, and may answer all the same. */
-function isReachable(node: Pick<NodeRecord, "state" | "connected">): boolean {
+function isReachable(node: NodeStanding): boolean {
   return node.state === "ready" || (node.state === "quarantined" && node.connected);
 }
 

@@ -61,14 +61,14 @@ export async function startFixture(): Promise<Fixture> {
   const pollIntervalMs = 1_000;
   const schedulerOptions = { database, nodes, placement, wakeups, clock, log, pollIntervalMs };
   const watches = new Watches({ database, instances, wakeups, clock, drain: drain.signal, pollIntervalMs });
-  const catalog = new CatalogService({ placement, imageAllowlist });
+  const catalog = new CatalogService({ database, placement, imageAllowlist, maxAgeMs: 0 });
   const validator = new RequestValidator();
   const transport = (caller: Caller) =>
     createRouterTransport(
       (router) => {
         // StreamLogs is another slice's.
         router.service(InstanceService, { ...instanceHandlers({ database, instances, watches }) });
-        router.service(CatalogServiceDescriptor, catalogHandlers({ database, catalog }));
+        router.service(CatalogServiceDescriptor, catalogHandlers({ catalog }));
       },
       { router: { interceptors: [identify(caller), ...interceptors(db, drain.signal, validator)] } },
     );

@@ -15,6 +15,7 @@ import { assertMayWork, type Hints, hintAfterCommit, lockNode, requireNode } fro
 import * as store from "./store.ts";
 
 export type { CertificateCheck, FleetNode, NodeState } from "./model.ts";
+export type { NodeStanding } from "./store.ts";
 export type { Authority } from "./authority.ts";
 export type { Identity } from "./enrollment.ts";
 
@@ -232,6 +233,11 @@ export class NodesService {
   /** Every node that is not revoked, with its inventory: what placement chooses from (see `takesNewWork`). */
   fleet(tx: SystemTx): Promise<FleetNode[]> {
     return store.readFleet(tx);
+  }
+
+  /** Where nodes stand, revoked ones too: cheap enough to be asked every second for all nodes in use. */
+  standings(tx: SystemTx, nodeIds: readonly NodeId[]): Promise<ReadonlyMap<NodeId, store.NodeStanding>> {
+    return store.readStandings(tx, nodeIds);
   }
 
   /** Nodes by id, revoked ones too, in the order of their ids. */

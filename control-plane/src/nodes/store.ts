@@ -68,6 +68,21 @@ export async function readNodes(tx: SystemTx, nodeIds: readonly NodeId[]): Promi
   return rows.map(toNode);
 }
 
+/** Where a node stands, without what it reported. */
+export type NodeStanding = Pick<FleetNode, "state" | "connected">;
+
+/** Where nodes stand, without reading their inventories. */
+export async function readStandings(
+  tx: SystemTx,
+  nodeIds: readonly NodeId[],
+): Promise<ReadonlyMap<NodeId, NodeStanding>> {
+  const rows = await tx.query<{ id: NodeId; state: NodeState; connected: boolean }>(
+    "select id, state, connected from nodes where id = any($1)",
+    [nodeIds],
+  );
+  return new Map(rows.map(({ id, state, connected }) => [id, { state, connected }]));
+}
+
 /** One node; undefined where there is none. */
 export async function readNode(tx: SystemTx, nodeId: NodeId): Promise<FleetNode | undefined> {
   const [node] = await readNodes(tx, [nodeId]);
