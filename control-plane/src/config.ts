@@ -190,6 +190,20 @@ const settings = {
     "lifetime of nodes' certificates",
     parseInteger(1_000, 90 * maxDelayMs),
   ),
+  publicConnectionsPerAddress: setting(
+    "CLODEI_PUBLIC_CONNECTIONS_PER_ADDRESS",
+    "--public-connections-per-address",
+    "256",
+    "most open connections of one address (an IPv6 /64) to the public listener, of 10000 in all",
+    parseInteger(1, 10_000),
+  ),
+  nodeConnectionsPerAddress: setting(
+    "CLODEI_NODE_CONNECTIONS_PER_ADDRESS",
+    "--node-connections-per-address",
+    "1024",
+    "the same of the node listener, of 18000 in all; more than the nodes that share an address behind NAT or a proxy",
+    parseInteger(1, 18_000),
+  ),
   addressRate: setting(
     "CLODEI_ADDRESS_RATE",
     "--address-rate",

@@ -225,6 +225,7 @@ async function startListeners(
     config: {
       host: config.nodeHost,
       port: config.nodePort,
+      maxConnectionsPerAddress: config.nodeConnectionsPerAddress,
       publicNames,
       heartbeatIntervalMs,
       leaseMs,
@@ -257,6 +258,7 @@ async function startPublic(
   const publicListener = await startPublicListener({
     host: config.publicHost,
     port: config.publicPort,
+    maxConnectionsPerAddress: config.publicConnectionsPerAddress,
     tls: first,
     corsOrigins: config.corsOrigins,
     routes: (router) => registerServices(router, config, base, domain, nodeListener),

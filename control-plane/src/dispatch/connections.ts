@@ -2,14 +2,26 @@
 // hold on a connection: an agent that does not read, or whose node was revoked, is cut off for certain only here.
 import { createServer, type AddressInfo, type Server as NetServer, type Socket } from "node:net";
 import type { ConnectionInjector } from "@grpc/grpc-js";
+import { AddressConnections } from "../rpc/address-connections.ts";
 
 /** Accepts connections. */
 export class Connections {
   readonly #server: NetServer;
   readonly #sockets = new Map<string, Socket>();
 
-  constructor(options: { injector: ConnectionInjector; maxConnections: number }) {
+  constructor(options: {
+    readonly injector: ConnectionInjector;
+    readonly maxConnections: number;
+    readonly maxConnectionsPerAddress: number;
+    /** An address had too many, and one more of its connections was cut. */
+    readonly onRefused: () => void;
+  }) {
+    const byAddress = new AddressConnections(options.maxConnectionsPerAddress);
     this.#server = createServer({ noDelay: true }, (socket) => {
+      if (!byAddress.admit(socket)) {
+        options.onRefused();
+        return;
+      }
       const address = `${socket.remoteAddress}:${socket.remotePort}`;
       this.#sockets.set(address, socket);
       socket.once("close", () => this.#sockets.delete(address));

@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { once } from "node:events";
 import http2 from "node:http2";
 import { after, before, test } from "node:test";
 import tls from "node:tls";
@@ -65,6 +66,22 @@ test("the handshake takes TLS 1.3 with X25519 and a node's certificate, and noth
     const outcome = await handshake(options);
     assert.ok(outcome instanceof Error, `${what} was accepted: ${JSON.stringify(outcome)}`);
   }
+});
+
+test("an address has as many connections as it may, and the next one when one of them has ended", async () => {
+  const small = await fleet.startReplica({ leaseMs: 20_000, maxConnectionsPerAddress: 1 });
+  const node = await fleet.enroll();
+  const { port } = small.listener;
+  const ca = fleet.authority.certificatePem;
+  const standing = tls.connect({ host: "localhost", port, ca, ALPNProtocols: ["h2"], ...credentialsOf(node) });
+  await once(standing, "data");
+  assert.ok((await handshake({ ...credentialsOf(node), port })) instanceof Error);
+  assert.match(await small.registry.metrics(), /^clodei_node_connections_refused_total 1$/m);
+  standing.destroy();
+  await eventually("the connection's place is free", async () => {
+    const outcome = await handshake({ ...credentialsOf(node), port });
+    return !(outcome instanceof Error);
+  });
 });
 
 test("a listener's certificate of our own CA is none of a node", async () => {

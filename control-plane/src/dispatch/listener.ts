@@ -22,7 +22,7 @@ import { HeartbeatBatcher } from "./heartbeats.ts";
 import { createMessageCheck } from "./incoming.ts";
 import { dispatchLimits, type DispatchLimits } from "./limits.ts";
 import { LogRelay } from "./log-relay.ts";
-import { createDispatchMetrics } from "./metrics.ts";
+import { createDispatchMetrics, type DispatchMetrics } from "./metrics.ts";
 import { NodeLink } from "./node-link.ts";
 import { SessionClaims } from "./session-claims.ts";
 import { SessionKeeper } from "./session-keeper.ts";
@@ -48,6 +48,7 @@ export type NodeListenerConfig = {
   readonly host: string;
   /** 0: any. */
   readonly port: number;
+  readonly maxConnectionsPerAddress: number;
   /** Names and addresses in the listener's certificate. The first is the one in the endpoint. */
   readonly publicNames: readonly string[];
   readonly heartbeatIntervalMs: number;
@@ -97,7 +98,12 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
     createMessageCheck(NodeLinkService.methods.map(({ input }) => input)),
   );
   const injector = server.createConnectionInjector(credentials);
-  const connections = new Connections({ injector, maxConnections: parts.limits.maxConnections });
+  const connections = new Connections({
+    injector,
+    maxConnections: parts.limits.maxConnections,
+    maxConnectionsPerAddress: config.maxConnectionsPerAddress,
+    onRefused: () => parts.metrics.connectionsRefused.inc(),
+  });
   parts.setCut((address) => connections.cut(address));
   const port = await connections.listen(config.host, config.port);
   const leases = startReconciler({
@@ -144,6 +150,7 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
 
 type Parts = {
   readonly limits: DispatchLimits;
+  readonly metrics: DispatchMetrics;
   readonly keeper: SessionKeeper;
   readonly heartbeats: HeartbeatBatcher;
   readonly link: NodeLink;
@@ -219,7 +226,7 @@ function assemble(deps: NodeListenerDeps): Parts {
   const setCut = (next: (address: string) => void): void => {
     cut = next;
   };
-  return { limits, keeper, heartbeats, link, logs, draining, setCut };
+  return { limits, metrics, keeper, heartbeats, link, logs, draining, setCut };
 }
 
 function createServer(limits: DispatchLimits): Server {

@@ -9,6 +9,7 @@ export type DispatchMetrics = {
   readonly reportEntries: Counter<"kind" | "outcome">;
   readonly reportGaps: Counter;
   readonly agentsDropped: Counter<"why">;
+  readonly connectionsRefused: Counter;
   readonly logStreams: Gauge;
   readonly logBytes: Counter;
 };
@@ -49,6 +50,11 @@ export function createDispatchMetrics(registry: Registry): DispatchMetrics {
       name: "clodei_node_agents_dropped_total",
       help: "Agents that were dropped because they did not read.",
       labelNames: ["why"],
+      registers,
+    }),
+    connectionsRefused: new Counter({
+      name: "clodei_node_connections_refused_total",
+      help: "Connections of the node listener that were cut because their address had too many.",
       registers,
     }),
     logStreams: new Gauge({ name: "clodei_log_streams", help: "Log streams that this process relays.", registers }),

@@ -104,6 +104,7 @@ export class TestFleet implements AsyncDisposable {
       config: {
         host: "127.0.0.1",
         port: 0,
+        maxConnectionsPerAddress: 256,
         publicNames: ["localhost", "127.0.0.1"],
         heartbeatIntervalMs: 1_000,
         leaseMs,

@@ -40,6 +40,7 @@ export async function startTestListener(fleet: TestFleet): Promise<TestListener>
   const listener = await startPublicListener({
     host: "127.0.0.1",
     port: 0,
+    maxConnectionsPerAddress: 256,
     tls: await authority.issueListenerCertificate(["localhost"], new Date()),
     corsOrigins: [],
     routes(router) {

@@ -13,6 +13,8 @@ export type Metrics = {
   readonly openStreams: Gauge<"service" | "method">;
   /** Open connections of the public listener. */
   readonly publicConnections: Gauge;
+  /** Connections of the public listener that were cut because their address had too many. */
+  readonly refusedConnections: Counter;
 };
 
 export function createMetrics(): Metrics {
@@ -43,6 +45,11 @@ export function createMetrics(): Metrics {
     publicConnections: new Gauge({
       name: "clodei_public_connections",
       help: "Open connections of the public listener.",
+      registers,
+    }),
+    refusedConnections: new Counter({
+      name: "clodei_public_connections_refused_total",
+      help: "Connections of the public listener that were cut because their address had too many.",
       registers,
     }),
   };

@@ -264,6 +264,33 @@ describe("the public listener", () => {
     await createClient(IdentityService, byCaller.transport("grpc", "Bearer platform")).whoAmI({});
   });
 
+  test("cuts a connection beyond those that its address may have, and serves other addresses", async () => {
+    await using listener = await startTestListener(routes, { maxConnectionsPerAddress: 2 });
+    const { port } = listener.listener;
+    const open = (localAddress: string) => {
+      const tcp = connectTcp({ host: "127.0.0.1", port, localAddress });
+      const socket = connectTls({ socket: tcp, ca: listener.caPem, servername: "localhost" });
+      const served = new Promise<boolean>((resolve) => {
+        socket.once("secureConnect", () => resolve(true));
+        socket.once("error", () => resolve(false));
+        socket.once("close", () => resolve(false));
+      });
+      return { socket, served };
+    };
+    const [first, second] = [open("127.0.0.1"), open("127.0.0.1")];
+    assert.deepEqual(await Promise.all([first.served, second.served]), [true, true]);
+    assert.equal(await open("127.0.0.1").served, false);
+    const other = open("127.0.0.2");
+    assert.equal(await other.served, true);
+    const { values } = await listener.metrics.refusedConnections.get();
+    assert.equal(values[0]?.value, 1);
+    first.socket.destroy();
+    // The server learns of it a moment later.
+    let again = open("127.0.0.1");
+    while (!(await again.served)) again = open("127.0.0.1");
+    for (const { socket } of [second, other, again]) socket.destroy();
+  });
+
   test("lets the pages of configured origins read answers, and no others", async () => {
     await using listener = await startTestListener(routes);
     const path = "/clodei.v1.IdentityService/WhoAmI";

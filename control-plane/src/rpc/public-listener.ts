@@ -11,6 +11,7 @@ import { setTrailerStatus } from "@connectrpc/connect/protocol-grpc";
 import { compressionGzip, connectNodeAdapter } from "@connectrpc/connect-node";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { DomainError } from "../platform/errors.ts";
+import { AddressConnections } from "./address-connections.ts";
 import { anonymousCaller } from "./caller.ts";
 import { createRequestValues, type RequestRecord } from "./context.ts";
 import { corsHeaders, isPreflight } from "./cors.ts";
@@ -30,6 +31,7 @@ export type PublicListenerOptions = Omit<PipelineOptions, "shutdownSignal"> & {
   readonly host: string;
   /** 0: any free one. */
   readonly port: number;
+  readonly maxConnectionsPerAddress: number;
   readonly tls: ListenerTls;
   /** Origins of browsers that may read answers: "https://console.example". */
   readonly corsOrigins: readonly string[];
@@ -236,7 +238,12 @@ function trackConnections(server: Http2SecureServer, options: PublicListenerOpti
   const sessions = new Set<ServerHttp2Session>();
   /** Sockets of HTTP/1.1 and how many requests are open on them. */
   const http1 = new Map<Socket, number>();
+  const byAddress = new AddressConnections(options.maxConnectionsPerAddress);
   server.on("connection", (socket: Socket) => {
+    if (!byAddress.admit(socket)) {
+      options.metrics.refusedConnections.inc();
+      return;
+    }
     sockets.add(socket);
     options.metrics.publicConnections.set(sockets.size);
     socket.once("close", () => {

@@ -68,6 +68,7 @@ export async function startTestListener(
   const listener = await startPublicListener({
     host: "127.0.0.1",
     port: 0,
+    maxConnectionsPerAddress: 256,
     tls: await authority.issueListenerCertificate(["localhost", "127.0.0.1"], now),
     corsOrigins: ["https://console.example"],
     routes,
