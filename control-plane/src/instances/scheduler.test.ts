@@ -117,6 +117,28 @@ describe("the queue", () => {
     assert.equal((await get(id)).version, version);
   });
 
+  it("tells of a wait by one event, however often what would fit changes, and by a message that follows", async () => {
+    const nodeId = await addNode(fixture, { gpus: 1, country: "FR" });
+    const id = await create({ gpu: h100(2), location: { country: "FR" } });
+    const begin = fixture.now;
+    for (let second = 1; second <= 60; second += 1) {
+      await administer("update nodes set cordoned = $2 where id = $1", [nodeId, second % 2 === 0]);
+      fixture.now = new Date(begin.getTime() + second * 1_000);
+      await placeAll();
+    }
+    const waiting = await get(id);
+    const { events } = await fixture.client(customer).listInstanceEvents({ instanceId: id });
+    assert.deepEqual(
+      events.map(({ reason }) => reason),
+      [InstanceReason.UNSPECIFIED, InstanceReason.WAITING_FOR_CAPACITY],
+    );
+    assert.ok(waiting.version <= 8n, `the row was written ${waiting.version} times in a minute`);
+    fixture.now = new Date(begin.getTime() + 71_000);
+    await placeAll();
+    assert.match((await get(id)).message, /no node in FR takes instances now/);
+    fixture.now = begin;
+  });
+
   it("gives up at the deadline of an instance with PLACEMENT_TIMED_OUT", async () => {
     const id = await create({ gpu: h100(1), placementTimeout: { seconds: 5n } });
     await placeAll();

@@ -189,7 +189,7 @@ export class Scheduler {
     const recorder = new Recorder(this.#options, tx, now);
     let again = decisions.more;
     for (const { instance, request, placement, message } of decisions.list) {
-      if (placement === undefined && message === messageOfPending(instance)) continue;
+      if (placement === undefined && explainPending(instance, message, now) === "unchanged") continue;
       const locked = await lockInstance(tx, instance.id);
       if (locked?.version !== instance.version) {
         // Its customer was faster. What was meant for it is free for the others, at the next look.
@@ -197,7 +197,7 @@ export class Scheduler {
         continue;
       }
       if (placement === undefined) {
-        await recorder.apply(locked, explainPending(locked, message), system);
+        await recorder.apply(locked, explainPending(locked, message, now), system);
       } else {
         const { id: instanceId, organizationId, attempt } = locked;
         await this.#options.placement.allocate(tx, { instanceId, organizationId, attempt }, request, placement, now);
@@ -284,10 +284,6 @@ export function decideAll(
 /** A node in quarantine takes no new work, and may answer all the same. */
 function isReachable(node: NodeStanding): boolean {
   return node.state === "ready" || (node.state === "quarantined" && node.connected);
-}
-
-function messageOfPending({ status }: Instance): string {
-  return status.state === "PENDING" ? status.message : "";
 }
 
 async function readPending(tx: SystemTx): Promise<Instance[]> {

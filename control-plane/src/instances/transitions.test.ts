@@ -352,7 +352,7 @@ const arbitraryStep: fc.Arbitrary<Step> = fc.oneof(
     restart,
     (instance, now) => remove(instance, now),
     expire,
-    (instance) => explainPending(instance, "no room"),
+    (instance, now) => explainPending(instance, "no room", now),
     (instance, now) => loseNode(instance, now),
     (instance, now) => loseContainer(instance, false, now),
     (instance) => noteReachability(instance, false),

@@ -59,11 +59,19 @@ export function schedule(instance: Instance, placement: Placement): Outcome {
   });
 }
 
-/** Says why an instance still waits. */
-export function explainPending(instance: Instance, message: string): Outcome {
+/** What is said of the same wait changes at most so often. */
+const explainIntervalMs = 10_000;
+
+/**
+ * Says why an instance still waits. That it waits is one event; what the text says later is told by the instance alone,
+ * and not at once: a fleet that comes and goes would write without end.
+ */
+export function explainPending(instance: Instance, message: string, now: Date): Outcome {
   const { status } = instance;
   if (status.state !== "PENDING" || status.message === message) return "unchanged";
-  return moved({ ...instance, status: { ...status, message } });
+  const next: Instance = { ...instance, status: { ...status, message } };
+  if (status.message === "") return moved(next);
+  return now.getTime() - instance.updateTime.getTime() < explainIntervalMs ? "unchanged" : silent(next);
 }
 
 /** Fails an instance that waited for too long. */
