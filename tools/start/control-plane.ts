@@ -78,7 +78,11 @@ export async function startControlPlane(
     const response = await fetch(`${operationsUrl}/readyz`, { signal }).catch(() => undefined);
     return response?.status === 200 ? true : undefined;
   };
-  await child.waitFor("the control plane is ready", readyTimeoutMs, isReady, signal);
+  try {
+    await child.waitFor("the control plane is ready", readyTimeoutMs, isReady, signal);
+  } catch (error) {
+    throw isOfOtherVersion(error) ? otherVersion(dataFolder, error) : error;
+  }
   const caFile = join(dataFolder, "ca", "certificate.pem");
   return {
     child,
@@ -88,6 +92,21 @@ export async function startControlPlane(
     caFile,
     ca: await readFile(caFile, "utf8"),
   };
+}
+
+/** Whether the control plane refused the database in the data folder: what it writes is in the message. */
+function isOfOtherVersion(error: unknown): error is Error {
+  return (
+    error instanceof Error && /clodei-control-plane: (?:the database's schema is|migration \d)/u.test(error.message)
+  );
+}
+
+function otherVersion(dataFolder: string, cause: Error): Error {
+  const advice = `${dataFolder} was made by another version of Clodei, which this one cannot take over.
+Use another folder:     npm start -- --data DIR
+Or empty this one, with its instances, workspaces and keys:
+                        npm start -- --data ${dataFolder} --reset`;
+  return new Error(`${cause.message}\n${advice}`, { cause });
 }
 
 /** Runs a command of the control plane beside the running one, and returns what it printed. */

@@ -28,6 +28,14 @@ test("a folder that holds somebody's files is refused and keeps them", async () 
   assert.deepEqual(await readdir(parent), ["thesis.tex"]);
 });
 
+test("a path that cannot be a folder is refused by name", async () => {
+  const file = join(parent, "file");
+  await writeFile(file, "");
+  await assert.rejects(claimDataFolder(join(file, "data")), (error) => {
+    return error instanceof ForeignFolderError && error.message.includes(file);
+  });
+});
+
 test("the start refuses to reset a folder that is not its own, whatever it is named", async () => {
   await mkdir(join(parent, "postgres"));
   await writeFile(join(parent, "postgres", "thesis.tex"), "years of work");

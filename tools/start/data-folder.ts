@@ -17,7 +17,10 @@ export class ForeignFolderError extends Error {
  */
 export async function claimDataFolder(path: string): Promise<string> {
   // The engine refuses some of its features below folders that others cannot enter; what is secret has its own.
-  await mkdir(path, { recursive: true, mode: 0o755 });
+  await mkdir(path, { recursive: true, mode: 0o755 }).catch((error: unknown) => {
+    const why = error instanceof Error ? error.message : String(error);
+    throw new ForeignFolderError(`--data: ${path} cannot be a folder of ours: ${why}`);
+  });
   const folder = await realpath(path);
   const names = await readdir(folder);
   if (names.includes(marker)) return folder;

@@ -14,8 +14,9 @@ import { provideKeys } from "./keys.ts";
 import { clearForeignEngine, clearPredecessor } from "./leftovers.ts";
 import { enrollNode, startAgent } from "./node.ts";
 import { emptyNote, readNote, removeNote, type StartNote, writeNote } from "./note.ts";
-import { readOptions, startHelp, type StartOptions } from "./options.ts";
+import { OptionError, readOptions, startHelp, type StartOptions } from "./options.ts";
 import { screenOf } from "./screen.ts";
+import { stopInstances } from "./stop-instances.ts";
 
 const root = dirname(dirname(import.meta.dirname));
 const gpuListTimeoutMs = 15_000;
@@ -101,12 +102,19 @@ async function bringUp(
   const plane = await step("control plane", () => startControlPlane(places, onChild, signal));
   const keys = await step("demo organization and operator", () => provideKeys(places, plane));
   const { operatorKey } = keys;
+  const { publicUrl: endpoint, ca } = plane;
   const nodeId = await step("enrolling this machine as a node", () => enrollNode(places, plane, operatorKey));
   if (!engine.isPrivate) await notebook.add({ nodeId });
+  const onAgent = async (child: Child): Promise<void> => {
+    await onChild(child);
+    // Before the agent ends: without it no container stops in order.
+    const isUp = (): boolean => plane.child.isRunning && child.isRunning;
+    const progress = (line: string): void => console.log(`  ${line}`);
+    stack.defer(() => stopInstances({ endpoint, ca, apiKey: keys.apiKey, isUp, progress }));
+  };
   const agent = await step(`agent${simulatedGpus === undefined ? "" : ` with ${simulatedGpus} simulated`}`, () =>
-    startAgent({ places, plane, operatorKey, nodeId, dockerSocket: engine.socketPath, simulatedGpus }, onChild, signal),
+    startAgent({ places, plane, operatorKey, nodeId, dockerSocket: engine.socketPath, simulatedGpus }, onAgent, signal),
   );
-  const { publicUrl: endpoint, ca } = plane;
   const first = await step("first instance", () =>
     runFirstInstance({ endpoint, ca, apiKey: keys.apiKey, simulatedGpus, signal }),
   );
@@ -127,7 +135,7 @@ async function run(options: StartOptions, stop: AbortSignal): Promise<number> {
   try {
     const children = await bringUp({ ...options, dataFolder }, stack, stop);
     if (options.once) return 0;
-    console.log("Ctrl-C stops it.");
+    console.log("Ctrl-C stops it. Instances that run are stopped with it, and keep their workspaces.");
     const stopped = new Promise<undefined>((resolve) => {
       stop.addEventListener("abort", () => resolve(undefined), { once: true });
     });
@@ -158,7 +166,7 @@ function hasRealGpus(): boolean {
 
 /** What is wrong with the command line, for a person; undefined for a fault of ours. */
 function usageError(error: unknown): string | undefined {
-  if (error instanceof ForeignFolderError) return error.message;
+  if (error instanceof ForeignFolderError || error instanceof OptionError) return error.message;
   if (!(error instanceof TypeError) || !("code" in error) || !String(error.code).startsWith("ERR_PARSE_ARGS")) return;
   return `${error.message}\n\n${startHelp}`;
 }

@@ -154,6 +154,44 @@ test("what a start prints can be pasted, and a second start runs beside it", opt
   await assertGone(folder);
 });
 
+test(
+  "an instance that ran when a start was stopped can be started again after the next, with its workspace",
+  options,
+  async () => {
+    const clientOf = async (started: Start) => {
+      await started.untilUp();
+      const endpoint = /public API +(\S+)/u.exec(started.output)?.[1] ?? "";
+      const apiKey = (await readFile(join(folder, "keys/organization"), "utf8")).trim();
+      return createClient({ endpoint, apiKey, ca: await readFile(join(folder, "ca/certificate.pem"), "utf8") });
+    };
+    const started = start(folder, []);
+    using client = await clientOf(started);
+    const script = "trap exit TERM; echo start >> /workspace/starts; cat /workspace/starts; sleep 1000 & wait";
+    const instance = await client.instances.run({ image: demoImage, command: ["sh", "-c", script] });
+    await instance.waitUntilRunning({ timeoutMs: startTimeoutMs });
+    // Waits for a GPU that nobody has: it must not start in the place of those that stop.
+    const waiting = await client.instances.run({ image: demoImage, gpu: { model: "H100-SXM", count: 16 } });
+    started.launcher.kill("SIGTERM");
+    assert.equal(await started.exit(), 0, started.output);
+    assert.match(started.output, /stopping 2 instances, which may take 10 s/u);
+    assert.match(started.output, /stopped 2 instances: after the next start, start them again/u);
+    await assertGone(folder);
+    const next = start(folder, []);
+    using nextClient = await clientOf(next);
+    for (const { id } of [instance, waiting]) {
+      const stopped = await nextClient.instances.get(id);
+      assert.deepEqual([stopped.state, stopped.reason], ["STOPPED", "STOPPED_BY_REQUEST"]);
+    }
+    const again = await nextClient.instances.get(instance.id);
+    await again.start();
+    await again.waitUntilRunning({ timeoutMs: startTimeoutMs });
+    assert.equal((await again.logs({ tailLines: 2, follow: false }).text()).trim(), "start\nstart");
+    next.launcher.kill("SIGTERM");
+    assert.equal(await next.exit(), 0, next.output);
+    await assertGone(folder);
+  },
+);
+
 test("a start stops when its launcher is killed", options, async () => {
   const started = start(folder, []);
   await started.untilUp();
