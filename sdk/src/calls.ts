@@ -143,10 +143,12 @@ export class CallTransport implements Transport {
 
   #errorOf(cause: unknown, signal: AbortSignal): ClodeiError {
     if (signal.aborted) return canceledError(signal);
+    const { wire } = this.#defaults;
     const error = toClodeiError(cause);
-    if (!this.#defaults.wire.isConnectionLost(error.cause)) return error;
+    const explained = wire.explain(error.cause);
+    if (explained === undefined && !wire.isConnectionLost(error.cause)) return error;
     // Whatever the transport makes of it (canceled, aborted, internal): for a caller it is one thing.
-    const message = `the connection to the control plane was lost: ${error.message}`;
+    const message = explained ?? `the connection to the control plane was lost: ${error.message}`;
     return new ClodeiError("unavailable", "UNAVAILABLE", message, { cause: error.cause });
   }
 }

@@ -21,7 +21,10 @@ import type { Wire } from "./wire.ts";
 export type ClientOptions = CredentialOptions & {
   /** "https://api.example:8443". */
   readonly endpoint: string;
-  /** PEM of the authority that signed the server's certificate; the system's roots where absent. */
+  /**
+   * PEM of the authority that signed the server's certificate; the system's roots where absent. With npm start:
+   * readFileSync(".data/ca/certificate.pem", "utf8").
+   */
   readonly ca?: string | undefined;
   /** Milliseconds that making a connection may take, before the next try. 10,000 where absent. */
   readonly connectTimeoutMs?: number | undefined;

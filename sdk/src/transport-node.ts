@@ -3,9 +3,10 @@
  * entry replaces this file alone.
  */
 import { AsyncLocalStorage } from "node:async_hooks";
-import type { ClientHttp2Stream } from "node:http2";
+import type { ClientHttp2Stream, Http2Session } from "node:http2";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { createConnectTransport, Http2SessionManager } from "@connectrpc/connect-node";
+import { type ConnectionAttempt, explainConnectionError } from "./connection-errors.ts";
 import { ClodeiError } from "./errors.ts";
 import type { Wire, WireOptions } from "./wire.ts";
 
@@ -41,7 +42,11 @@ const lostConnectionCodes: ReadonlySet<string> = new Set([
 export function openNodeWire(options: WireOptions): Wire {
   const url = parseEndpoint(options.endpoint);
   if (options.ca !== undefined && !options.ca.includes("-----BEGIN CERTIFICATE-----")) {
-    throw new ClodeiError("invalid_argument", "INVALID_ARGUMENT", "ca must be PEM text, not the name of a file");
+    throw new ClodeiError(
+      "invalid_argument",
+      "INVALID_ARGUMENT",
+      `ca must be PEM text and not the name of a file: readFileSync(FILE, "utf8")`,
+    );
   }
   const sessionManager = new Http2SessionManager(
     url.origin,
@@ -57,6 +62,7 @@ export function openNodeWire(options: WireOptions): Wire {
       authority: sessionManager.authority,
       async request(...request) {
         const stream = await sessionManager.request(...request);
+        keepErrorsHandled(stream.session);
         const signal = signals.getStore();
         if (signal !== undefined) discardAfterAbort(stream, signal);
         return stream;
@@ -81,9 +87,20 @@ export function openNodeWire(options: WireOptions): Wire {
       },
     },
     isConnectionLost,
+    explain: (error) => explain(error, { origin: url.origin, hasCa: options.ca !== undefined }),
     close: () => sessionManager.abort(),
   };
 }
+
+/**
+ * When a client is closed while its connection fails, connect-node no longer listens for the error that Node then
+ * tells, which would end the process. The calls have it already.
+ */
+function keepErrorsHandled(session: Http2Session | undefined): void {
+  if (session?.listeners("error").includes(ignore) === false) session.on("error", ignore);
+}
+
+function ignore(): void {}
 
 /**
  * A peer that takes the connection and never completes it would hold a stream for ever: streams have no deadline,
@@ -130,16 +147,35 @@ function parseEndpoint(endpoint: string): URL {
   const loopback = ["localhost", "127.0.0.1", "[::1]"].includes(url?.hostname ?? "");
   // Over plain http an API key could be read by anyone on the way.
   if (url?.protocol === "https:" || (url?.protocol === "http:" && loopback)) return url;
-  const message = `endpoint must be like "https://api.example:8443", not "${endpoint}"`;
+  const message = `endpoint must be like "https://api.example:8443" (http:// on loopback alone), not "${endpoint}"`;
   throw new ClodeiError("invalid_argument", "INVALID_ARGUMENT", message);
+}
+
+/** Node's codes along an error's causes. */
+function nodeCodes(error: unknown): string[] {
+  const codes: string[] = [];
+  for (let at: unknown = error, depth = 0; at instanceof Error && depth < 10; at = at.cause, depth++) {
+    if ("code" in at && typeof at.code === "string") codes.push(at.code);
+  }
+  return codes;
+}
+
+function explain(error: unknown, attempt: ConnectionAttempt): string | undefined {
+  // The server itself answered: the connection was there.
+  if (error instanceof ConnectError && error.isWireError) return undefined;
+  const codes = nodeCodes(error);
+  for (const code of codes) {
+    const explained = explainConnectionError(code, attempt);
+    if (explained !== undefined) return explained;
+  }
+  if (!attempt.origin.startsWith("http:") || !isConnectionLost(error)) return undefined;
+  return `the connection to ${attempt.origin} was lost: if what listens there speaks TLS, endpoint must begin with https:`;
 }
 
 function isConnectionLost(error: unknown): boolean {
   // The server itself answered: whatever it said, the connection was there.
   if (error instanceof ConnectError && error.isWireError) return false;
-  for (let at: unknown = error, depth = 0; at instanceof Error && depth < 10; at = at.cause, depth++) {
-    if ("code" in at && typeof at.code === "string" && lostConnectionCodes.has(at.code)) return true;
-  }
+  if (nodeCodes(error).some((code) => lostConnectionCodes.has(code))) return true;
   // The server, or a proxy, reset the stream: connect-node makes these errors without a cause.
   return error instanceof ConnectError && error.cause === undefined && resetCodes.has(error.code);
 }

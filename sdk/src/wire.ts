@@ -9,6 +9,8 @@ export type Wire = {
    * reset, refused, timed out. Not a certificate that does not fit, nor a host that does not exist.
    */
   isConnectionLost(error: unknown): boolean;
+  /** Why no connection could be made and what to do about it; undefined where that is not the matter, or not known. */
+  explain(error: unknown): string | undefined;
   /** Closes the connection. Calls in progress are canceled. */
   close(): void;
 };
