@@ -1,7 +1,7 @@
 // Runs a container, waits for it, prints its output, and deletes it.
+// After `npm start`, in the checkout:
 //
-//   CLODEI_ENDPOINT=https://localhost:8443 CLODEI_API_KEY=clodei_sk_… CLODEI_CA_FILE=ca.pem \
-//     node sdk/examples/first-instance.ts
+//   node_modules/.bin/node --env-file=.data/keys/sdk.env sdk/examples/first-instance.ts
 import { readFileSync } from "node:fs";
 import { createClient } from "@clodei/sdk";
 

@@ -1,6 +1,7 @@
 // Shows what can be rented in Spain, runs a job on one GPU there, and tells how it ended.
+// Takes the model that is named, or the first that is offered. After `npm start`, in the checkout:
 //
-//   CLODEI_ENDPOINT=… CLODEI_API_KEY=… CLODEI_CA_FILE=… node sdk/examples/gpu.ts [MODEL]
+//   node_modules/.bin/node --env-file=.data/keys/sdk.env sdk/examples/gpu.ts [MODEL]
 import { readFileSync } from "node:fs";
 import { createClient, InstanceEndedError } from "@clodei/sdk";
 
@@ -12,15 +13,18 @@ const {
 const client = createClient({ endpoint, apiKey, ca: caFile && readFileSync(caFile, "utf8") });
 const location = { country: "ES" };
 
+let model = process.argv[2];
 for await (const offer of client.catalog.offers({ location })) {
   const where = `${offer.location?.datacenter}, tier ${offer.location?.tier}`;
   console.log(`${offer.gpuModel} ${offer.gpuMemoryMib} MiB at ${where}${offer.simulated ? " (simulated)" : ""}`);
+  model ??= offer.gpuModel;
 }
+if (model === undefined) throw new Error("no GPU is offered there: name a model to wait for one");
 
 const instance = await client.instances.run({
   image: process.env["CLODEI_IMAGE"] ?? "busybox",
   args: ["sh", "-c", "echo working; sleep 1; echo done"],
-  gpu: { model: process.argv[2] ?? "H100-SXM", count: 1 },
+  gpu: { model, count: 1 },
   cpuMillis: 500,
   memoryMib: 256,
   location,

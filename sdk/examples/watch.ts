@@ -1,6 +1,7 @@
 // Prints every change of the organization's instances until Ctrl-C. Goes on by itself after breaks.
+// After `npm start`, in the checkout:
 //
-//   CLODEI_ENDPOINT=… CLODEI_API_KEY=… CLODEI_CA_FILE=… node sdk/examples/watch.ts
+//   node_modules/.bin/node --env-file=.data/keys/sdk.env sdk/examples/watch.ts
 import { readFileSync } from "node:fs";
 import { ClodeiError, createClient, InstanceState } from "@clodei/sdk";
 

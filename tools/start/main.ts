@@ -16,6 +16,7 @@ import { enrollNode, startAgent } from "./node.ts";
 import { emptyNote, readNote, removeNote, type StartNote, writeNote } from "./note.ts";
 import { OptionError, readOptions, startHelp, type StartOptions } from "./options.ts";
 import { screenOf } from "./screen.ts";
+import { writeSdkSettings } from "./sdk-settings.ts";
 import { stopInstances } from "./stop-instances.ts";
 
 const root = dirname(dirname(import.meta.dirname));
@@ -101,6 +102,7 @@ async function bringUp(
   };
   const plane = await step("control plane", () => startControlPlane(places, onChild, signal));
   const keys = await step("demo organization and operator", () => provideKeys(places, plane));
+  const settingsFile = await writeSdkSettings(places, plane, keys);
   const { operatorKey } = keys;
   const { publicUrl: endpoint, ca } = plane;
   const nodeId = await step("enrolling this machine as a node", () => enrollNode(places, plane, operatorKey));
@@ -118,7 +120,7 @@ async function bringUp(
   const first = await step("first instance", () =>
     runFirstInstance({ endpoint, ca, apiKey: keys.apiKey, simulatedGpus, signal }),
   );
-  console.log(screenOf({ plane, keys, engine, first, dataFolder }));
+  console.log(screenOf({ plane, keys, engine, first, dataFolder, settingsFile }));
   return [plane.child, agent];
 }
 

@@ -1,6 +1,6 @@
 // The one screen at the end of a start: where everything listens, the keys, and lines to paste.
 import type { ControlPlane } from "./control-plane.ts";
-import { demoImage, type Engine } from "./engine.ts";
+import type { Engine } from "./engine.ts";
 import type { FirstRun } from "./first-instance.ts";
 import type { Keys } from "./keys.ts";
 
@@ -11,19 +11,23 @@ export type Screen = {
   readonly engine: Engine;
   readonly first: FirstRun;
   readonly dataFolder: string;
+  /** What programs of the SDK read. */
+  readonly settingsFile: string;
 };
 
 /** Lines that can be pasted into a shell in the checkout as they stand. */
-export function pasteLines({ plane, keys }: Pick<Screen, "plane" | "keys">): readonly (readonly [string, string])[] {
+export function pasteLines(
+  screen: Pick<Screen, "plane" | "keys" | "settingsFile">,
+): readonly (readonly [string, string])[] {
+  const { plane, keys, settingsFile } = screen;
   const { publicUrl, caFile } = plane;
   const authority = publicUrl.replace("https://", "");
   const json = `-H 'Content-Type: application/json' -d '{}'`;
+  const program = (name: string): string => `node_modules/.bin/node --env-file=${settingsFile} sdk/examples/${name}`;
   const bearer = (key: string): string => `-H 'Authorization: Bearer ${key}'`;
   return [
-    [
-      "SDK program",
-      `CLODEI_ENDPOINT=${publicUrl} CLODEI_CA_FILE=${caFile} CLODEI_IMAGE=${demoImage} \\\n  CLODEI_API_KEY=${keys.apiKey} \\\n  node_modules/.bin/node sdk/examples/first-instance.ts`,
-    ],
+    ["SDK program", program("first-instance.ts")],
+    ["SDK program with a GPU", program("gpu.ts")],
     [
       "buf curl",
       `node_modules/.bin/buf curl --cacert ${caFile} \\\n  ${bearer(keys.apiKey)} \\\n  ${publicUrl}/clodei.v1.CatalogService/ListOffers`,
@@ -56,6 +60,7 @@ export function screenOf(screen: Screen): string {
     ["keys", `${age} ${dataFolder}/keys`],
     ["  demo", keys.apiKey],
     ["  operator", keys.operatorKey],
+    ["  SDK", screen.settingsFile],
   ];
   const table = rows.map(([name = "", value = ""]) => `  ${name.padEnd(12)}${value}`).join("\n");
   const pastes = pasteLines(screen).map(([name, line]) => `# ${name}\n${line}`);

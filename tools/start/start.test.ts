@@ -136,6 +136,22 @@ test("what a start prints can be pasted, and a second start runs beside it", opt
   const second = start(beside, ["--once"]);
   const program = await shell(started.pasteLines("SDK program"));
   assert.deepEqual([program.code, program.stdout], [0, "Hello from a container\n"], program.stderr);
+  const gpu = await shell(started.pasteLines("SDK program with a GPU"));
+  assert.match(
+    gpu.stdout,
+    /runs in kumo-1 on H100-SXM GPU-SIM-\S+\nstdout: working\nstdout: done\nended with 0\n/u,
+    gpu.stderr,
+  );
+  const errors = await shell(started.pasteLines("SDK program").replace("first-instance", "errors"));
+  assert.equal(errors.code, 0, errors.stderr);
+  for (const reason of [
+    "IMAGE_NOT_ALLOWED",
+    "INVALID_ARGUMENT",
+    "PLACEMENT_TIMED_OUT",
+    "EXITED_NONZERO, exit code 3",
+  ]) {
+    assert.ok(errors.stdout.includes(reason), errors.stdout);
+  }
   const offers = await shell(started.pasteLines("buf curl"));
   assert.equal(offers.code, 0, offers.stderr);
   assert.match(offers.stdout, /"gpuModel": "H100-SXM"/u);
