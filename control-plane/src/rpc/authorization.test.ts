@@ -144,6 +144,24 @@ describe("who may call", () => {
     }
   });
 
+  test("who is refused is told who may, and what to use instead", () => {
+    const told = (method: DescMethod, caller: string): string => {
+      try {
+        authorize(method, testCallers[caller] ?? anonymousCaller);
+      } catch (error) {
+        return (error as DomainError).message;
+      }
+      return assert.fail("it was admitted");
+    };
+    const { createInstance } = InstanceService.method;
+    assert.match(told(createInstance, "role-VIEWER"), /one of the roles member, .* and yours is viewer/);
+    assert.match(told(createInstance, "no-role"), /and yours is none/);
+    assert.match(told(createInstance, "platform"), /use an API key of the organization/);
+    assert.match(told(NodeService.method.listNodes, "role-ADMIN"), /platform operators, with an operator's API key/);
+    assert.match(told(EnrollmentService.method.enroll, "user"), /leave out the authorization header/);
+    assert.match(told(NodeLinkService.method.session, "platform"), /nodes, with their certificates/);
+  });
+
   test("a method without the option is callable by nobody", () => {
     const { service, method } = methodWithoutOption("clodei.v1.NewService");
     assert.equal(authorizationOf(method), undefined);

@@ -1,7 +1,14 @@
 // Who may call a method stands in its schema, and this reads it there, for both listeners. What a method does not
 // say is not allowed: a method without the option is callable by nobody.
 import { type DescMethod, getOption, hasOption, isUnknownEnum } from "@bufbuild/protobuf";
-import { Access, AccessSchema, authorization, type Authorization } from "@clodei/proto/gen/clodei/options/v1/options";
+import {
+  Access,
+  AccessSchema,
+  authorization,
+  type Authorization,
+  type Role,
+  RoleSchema,
+} from "@clodei/proto/gen/clodei/options/v1/options";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { DomainError } from "../platform/errors.ts";
 import type { Caller } from "./caller.ts";
@@ -73,5 +80,40 @@ function refusal(rule: Authorization | undefined, caller: Caller): DomainError {
   if (caller.kind === "anonymous" && rule !== undefined) {
     return new DomainError(ErrorReason.CREDENTIALS_MISSING, "give an API key or a token: authorization: Bearer <key>");
   }
-  return new DomainError(ErrorReason.PERMISSION_DENIED, "you may not call this method");
+  return new DomainError(ErrorReason.PERMISSION_DENIED, `you may not call this method: ${whoMay(rule, caller)}`);
+}
+
+/** Whom a method admits instead of this caller. It stands in the schema, which everybody may read. */
+function whoMay(rule: Authorization | undefined, caller: Caller): string {
+  if (rule === undefined || isUnknownEnum(AccessSchema, rule.access)) return "nobody may";
+  switch (rule.access) {
+    case Access.UNSPECIFIED:
+    case Access.PUBLIC:
+      return "nobody may";
+    case Access.AUTHENTICATED:
+      return "it is for people and API keys";
+    case Access.ROLES:
+      return whichRolesMay(rule.allowedRoles, caller);
+    case Access.PLATFORM:
+      return "it is for platform operators, with an operator's API key; no role in an organization implies it";
+    case Access.NODE:
+      return "it is for nodes, with their certificates on the node listener";
+    case Access.ENROLLMENT_TOKEN:
+      return "it is for nodes that have no certificate yet: leave out the authorization header";
+    case Access.CRON:
+      return "it is for the scheduler";
+  }
+}
+
+function whichRolesMay(allowed: readonly Role[], caller: Caller): string {
+  const names = (roles: Iterable<Role>): string => [...roles].map(roleName).join(", ");
+  if (caller.kind === "customer") {
+    const own = caller.roles.size === 0 ? "none" : names(caller.roles);
+    return `it takes one of the roles ${names(allowed)} in the organization, and yours is ${own}; its admins give roles`;
+  }
+  return `it is for members of an organization in one of the roles ${names(allowed)}: use an API key of the organization`;
+}
+
+function roleName(role: Role): string {
+  return isUnknownEnum(RoleSchema, role) ? String(role) : (RoleSchema.value[role]?.localName.toLowerCase() ?? "");
 }

@@ -17,6 +17,7 @@ import { authorize, openServices } from "./authorization.ts";
 import { anonymousCaller, type Authenticate, type Caller } from "./caller.ts";
 import { recordOf, type RequestRecord } from "./context.ts";
 import { isOurs, toConnectError } from "./errors.ts";
+import { explainJsonError } from "./json-errors.ts";
 import type { Metrics } from "./metrics.ts";
 import { limitedAddressOf, type RateLimiter } from "./rate-limit.ts";
 import type { RequestValidator } from "./validation.ts";
@@ -72,7 +73,8 @@ function completeErrors(context: HandlerContext, record: RequestRecord, log: Log
     const error: unknown = context.signal.reason;
     // One with details has been through here, or through the interceptors.
     if (!(error instanceof ConnectError) || error.details.length > 0) return;
-    error.details = tell(error, record, log).details;
+    const explained = explainJsonError(context.method.input, error.rawMessage);
+    error.details = tell(explained ?? error, record, log).details;
   };
   context.signal.addEventListener("abort", complete, { once: true });
 }

@@ -232,14 +232,20 @@ describe("the public listener", () => {
     await using listener = await startTestListener(routes);
     const headers = { "content-type": "application/json", authorization: admin };
     const path = "/clodei.v1.InstanceService/CreateInstance";
-    const specs = {
-      countries: { image: "busybox", location: { countries: ["FR"] } },
-      RESTART_POLICY_SOMETIMES: { image: "busybox", restartPolicy: "RESTART_POLICY_SOMETIMES" },
-    };
-    for (const [name, spec] of Object.entries(specs)) {
+    const cases = [
+      ["countries", "spec.location.countries", { image: "busybox", location: { countries: ["FR"] } }],
+      ["RESTART_POLICY_SOMETIMES", "spec.restart_policy", { restartPolicy: "RESTART_POLICY_SOMETIMES" }],
+      ["expected string", "spec.image", { image: 7 }],
+    ] as const;
+    for (const [name, field, spec] of cases) {
       const { status, body } = await sendPlain(listener, { path, headers, body: JSON.stringify({ spec }) });
       assert.equal(status, 400, body);
       assert.match(body, new RegExp(name));
+      const { details } = JSON.parse(body) as { details: { debug: { fieldViolations?: { field: string }[] } }[] };
+      assert.deepEqual(
+        details.flatMap(({ debug }) => debug.fieldViolations ?? []).map((told) => told.field),
+        [field],
+      );
     }
   });
 

@@ -194,9 +194,13 @@ function logAccess(request: Request, response: Response, record: RequestRecord, 
 }
 
 /** A path that is none of ours, told in the protocol of the request. */
+const noSuchMethod =
+  "there is no such method: POST to /clodei.v1.SERVICE/METHOD; reflection lists those that there are " +
+  "(buf curl --list-methods https://HOST:PORT, grpcurl HOST:PORT list)";
+
 function answerUnknown(request: Request, response: Response, record: RequestRecord): void {
   const type = headerOf(request, "content-type") ?? "";
-  const error = toConnectError(new DomainError(ErrorReason.UNIMPLEMENTED, "no such method"), record.requestId);
+  const error = toConnectError(new DomainError(ErrorReason.UNIMPLEMENTED, noSuchMethod), record.requestId);
   record.code = "unimplemented";
   response.setHeader("clodei-request-id", record.requestId);
   if (type.startsWith("application/grpc")) {

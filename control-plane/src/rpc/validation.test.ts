@@ -1,6 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { create } from "@bufbuild/protobuf";
+import { create, type DescMessage, fromJson, getOption, type JsonValue, toJson } from "@bufbuild/protobuf";
+import { field as fieldRules, FieldRulesSchema } from "@bufbuild/protovalidate/gen/buf/validate/validate_pb.js";
+import { NodeLinkService } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import {
   CreateInstanceRequestSchema,
   GetInstanceRequestSchema,
@@ -10,6 +12,8 @@ import {
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { DomainError } from "../platform/errors.ts";
 import { publicServices } from "../start.ts";
+import { explainJsonError } from "./json-errors.ts";
+import { patternWords } from "./pattern-words.ts";
 import { RequestValidator } from "./validation.ts";
 
 const validator = new RequestValidator();
@@ -37,9 +41,15 @@ test("a violation names the field, the rule, and what is allowed", () => {
   const byField = new Map(fields.map((violation) => [violation.field, violation]));
   assert.equal(byField.get("spec.gpu.count")?.rule, "uint32.lte");
   assert.match(byField.get("spec.gpu.count")?.message ?? "", /16/);
-  assert.match(byField.get('spec.env["1A"]')?.message ?? "", /pattern|regex/);
+  assert.match(
+    byField.get('spec.env["1A"]')?.message ?? "",
+    /must be the name of a variable: .*, such as "MODEL_PATH"$/,
+  );
   assert.match(byField.get("idempotency_key")?.message ?? "", /64/);
-  assert.match(byField.get("spec.restart_policy")?.message ?? "", /RESTART_POLICY_NEVER, RESTART_POLICY_ON_FAILURE/);
+  assert.match(
+    byField.get("spec.restart_policy")?.message ?? "",
+    /^must be one of RESTART_POLICY_NEVER, RESTART_POLICY_ON_FAILURE/,
+  );
 });
 
 test("a required field that is absent, and an id of another kind, are named", () => {
@@ -51,7 +61,69 @@ test("a required field that is absent, and an id of another kind, are named", ()
   const wrong = create(GetInstanceRequestSchema, { instanceId: "nod_01h455vb4pex5vsknk084sn02q" });
   const [violation] = violationsOf(() => validator.check(GetInstanceRequestSchema, wrong));
   assert.equal(violation?.field, "instance_id");
-  assert.match(violation.message, /\^ins_/);
+  assert.match(violation.message, /the id of an instance, ins_ and 26 characters, such as "ins_/);
+});
+
+test("what is missing or not named is told once, in words", () => {
+  const request = create(CreateInstanceRequestSchema, { spec: { ports: [{ containerPort: 80 }] } });
+  const fields = violationsOf(() => validator.check(CreateInstanceRequestSchema, request));
+  assert.deepEqual(
+    fields.map(({ field, message }) => [field, message]),
+    [
+      ["spec.image", "must not be empty"],
+      ["spec.ports[0].protocol", "must be one of PORT_PROTOCOL_TCP, PORT_PROTOCOL_UDP"],
+    ],
+  );
+});
+
+test("every pattern of the schemas has words and an example that matches it", () => {
+  const patterns = new Set<string>();
+  const collect = (rules: unknown): void => {
+    if (typeof rules !== "object" || rules === null) return;
+    if ("pattern" in rules && typeof rules.pattern === "string" && rules.pattern !== "") patterns.add(rules.pattern);
+    Object.values(rules).forEach(collect);
+  };
+  for (const service of [...publicServices, NodeLinkService]) {
+    for (const { input } of service.methods) {
+      for (const message of nestedMessages(input)) {
+        for (const field of message.fields) collect(toJson(FieldRulesSchema, getOption(field, fieldRules)));
+      }
+    }
+  }
+  assert.ok(patterns.size > 8);
+  for (const pattern of patterns) {
+    const allowed = patternWords.get(pattern);
+    assert.ok(allowed !== undefined, `${pattern} has no words in pattern-words.ts`);
+    assert.match(allowed.example, new RegExp(pattern, "u"));
+  }
+});
+
+/** A message and all that it can hold. */
+function nestedMessages(message: DescMessage, found = new Set<DescMessage>()): Set<DescMessage> {
+  if (found.has(message)) return found;
+  found.add(message);
+  for (const field of message.fields) if (field.message !== undefined) nestedMessages(field.message, found);
+  return found;
+}
+
+test("JSON that does not fit names its field, where there is one", () => {
+  const fieldOf = (json: JsonValue): string | undefined => {
+    try {
+      fromJson(CreateInstanceRequestSchema, json);
+    } catch (error) {
+      return explainJsonError(CreateInstanceRequestSchema, (error as Error).message)?.fields[0]?.field;
+    }
+    return assert.fail("it fits");
+  };
+  assert.equal(fieldOf({ spec: { image: 1 } }), "spec.image");
+  assert.equal(fieldOf({ spec: { gpu: { count: "x" } } }), "spec.gpu.count");
+  assert.equal(fieldOf({ spec: { ports: [{ containerPort: "x" }] } }), "spec.ports.container_port");
+  assert.equal(fieldOf({ spec: { restartPolicy: "SOMETIMES" } }), "spec.restart_policy");
+  assert.equal(fieldOf({ spec: { imagee: "x" } }), "spec.imagee");
+  assert.equal(fieldOf({ spec: 5 }), "spec");
+  // There are three durations, and the library does not say which.
+  assert.equal(fieldOf({ spec: { stopGrace: "soon" } }), undefined);
+  assert.equal(fieldOf([]), undefined);
 });
 
 test("many violations are told up to a bound", () => {

@@ -5,6 +5,7 @@ import { pathToString } from "@bufbuild/protobuf/reflect";
 import { createValidator, type Validator, type Violation } from "@bufbuild/protovalidate";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { DomainError, type FieldViolation } from "../platform/errors.ts";
+import { patternWords } from "./pattern-words.ts";
 
 /** A request of 4 MiB can break a rule very often; the caller mends them one by one anyway. */
 const maxViolations = 32;
@@ -24,7 +25,7 @@ export class RequestValidator {
         throw new DomainError(ErrorReason.INVALID_ARGUMENT, `${field}: ${told.message}`, { fields: [told] });
       }
       case "invalid": {
-        const fields = result.violations.slice(0, maxViolations).map(toFieldViolation);
+        const fields = withoutEchoes(result.violations).slice(0, maxViolations).map(toFieldViolation);
         const text = fields.map(({ field, message: rule }) => (field === "" ? rule : `${field}: ${rule}`)).join("; ");
         throw new DomainError(ErrorReason.INVALID_ARGUMENT, text, { fields });
       }
@@ -66,15 +67,44 @@ function isStorable(text: string): boolean {
 }
 
 function toFieldViolation(violation: Violation): FieldViolation {
-  return { field: pathToString(violation.field), rule: violation.ruleId, message: messageOf(violation) };
+  return { field: pathOf(violation), rule: violation.ruleId, message: messageOf(violation) };
 }
 
-/** The library's sentence says what is allowed, but for enums, where the names are missing. */
+/** A text that must not be empty and is breaks the pattern as well, which says nothing more. */
+function withoutEchoes(violations: readonly Violation[]): readonly Violation[] {
+  const empty = new Set(violations.filter(({ ruleId }) => ruleId === "string.min_len").map(pathOf));
+  return violations.filter((violation) => violation.ruleId !== "string.pattern" || !empty.has(pathOf(violation)));
+}
+
+function pathOf({ field }: Violation): string {
+  return pathToString(field);
+}
+
+/** The library's sentence says what is allowed, but for patterns and enums, and for texts that are missing. */
 function messageOf(violation: Violation): string {
-  const last = violation.field.findLast((part) => part.kind === "field");
-  if (last?.kind !== "field" || violation.ruleId.split(".")[0] !== "enum") return violation.message;
-  const enumeration = "enum" in last ? last.enum : undefined;
-  if (enumeration === undefined) return violation.message;
-  const names = enumeration.values.filter(({ number }) => number !== 0).map(({ name }) => name);
-  return `${violation.message}: one of ${names.join(", ")}`;
+  switch (violation.ruleId) {
+    case "required":
+      return "must be given";
+    case "string.min_len":
+      return violation.message === "must be at least 1 characters" ? "must not be empty" : violation.message;
+    case "string.pattern":
+      return wordsOfPattern(violation.message) ?? violation.message;
+    case "enum.defined_only":
+    case "enum.not_in":
+      return `must be one of ${namesOfEnum(violation).join(", ")}`;
+    default:
+      return violation.message;
+  }
+}
+
+/** The violation itself tells the pattern in its sentence alone. */
+function wordsOfPattern(message: string): string | undefined {
+  const allowed = patternWords.get(/`(?<pattern>.*)`$/su.exec(message)?.groups?.["pattern"] ?? "");
+  return allowed && `must be ${allowed.words}, such as "${allowed.example}"`;
+}
+
+function namesOfEnum({ field }: Violation): readonly string[] {
+  const last = field.findLast((part) => part.kind === "field");
+  const values = last?.kind === "field" ? (last.enum?.values ?? []) : [];
+  return values.filter(({ number }) => number !== 0).map(({ name }) => name);
 }
