@@ -110,7 +110,7 @@ export class ClodeiError extends Error {
  * }
  */
 export class InstanceEndedError extends ClodeiError {
-  /** The instance as it ended. */
+  /** The instance as it ended. A dump of the error leaves it out, as its enums are numbers: it has their names beside. */
   readonly instance: Instance;
   /** Its state: "FAILED", "STOPPED" or "DELETED". */
   readonly state: keyof typeof InstanceState;
@@ -131,6 +131,7 @@ export class InstanceEndedError extends ClodeiError {
     );
     this.name = "InstanceEndedError";
     this.instance = instance;
+    Object.defineProperty(this, "instance", { enumerable: false });
     this.state = state;
     this.instanceReason = reason;
     this.exitCode = instance.exitCode;

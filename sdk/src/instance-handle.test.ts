@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { setTimeout as delay } from "node:timers/promises";
 import { test } from "node:test";
+import { inspect } from "node:util";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import { type Instance, InstanceReason, InstanceSchema, InstanceState } from "@clodei/proto/gen/clodei/v1/instance";
 import type { WatchInstancesResponseSchema } from "@clodei/proto/gen/clodei/v1/instance_service";
@@ -94,6 +95,10 @@ test("waitUntilRunning rejects with what became of the instance", async () => {
       assert.ok(error instanceof InstanceEndedError && error instanceof ClodeiError);
       assert.deepEqual([error.state, error.instanceReason, error.exitCode], [state, reason, last.exitCode]);
       assert.ok(error.message.includes(last.message));
+      assert.equal(error.instance.id, handle.id);
+      // A dump tells names, and not the numbers of enums.
+      const dump = inspect(error);
+      assert.ok(dump.includes(`instanceReason: '${reason}'`) && !/(?:state|reason): \d/u.test(dump), dump);
       return true;
     });
   }

@@ -3,8 +3,8 @@
 import { fitsEmptyNode, isEligible, isInLocation, isWanted } from "./model.ts";
 import type { FleetNode, LocationConstraint, NodeObstacle, PlacementRequest } from "./model.ts";
 
-/** How many models a message names. */
-const maxModelsNamed = 8;
+/** How many models, or places, a message names. */
+const maxNamed = 8;
 
 /** Why there is no room for a request, for a person. */
 export function explainWaiting(request: PlacementRequest, fleet: readonly FleetNode[]): string {
@@ -12,12 +12,27 @@ export function explainWaiting(request: PlacementRequest, fleet: readonly FleetN
   if (request.pinnedNodeId !== undefined) return `${asked} asked for; ${explainPinned(request, fleet)}`;
   const nodes = fleet.filter((node) => node.obstacle === undefined && isEligible(request, node));
   const where = describeLocation(request.location);
-  if (nodes.length === 0) return `${asked} asked for; no node ${where} takes instances now`;
+  if (nodes.length === 0) return `${asked} asked for; ${explainNoNodes(request, fleet, where)}`;
   if (nodes.some((node) => fitsEmptyNode(request, node))) {
     const largest = request.gpu.count > 0 ? `; the largest node there has ${describeLargestGroup(request, nodes)}` : "";
     return `${asked} asked for; no node ${where} has that much free now${largest}; waiting until it is free`;
   }
-  return `${asked} asked for; ${explainMisfit(request, nodes, where)}`;
+  return `${asked} asked for; ${explainMisfit(request, nodes, where)}${describeElsewhere(request, fleet)}`;
+}
+
+function explainNoNodes(request: PlacementRequest, fleet: readonly FleetNode[], where: string): string {
+  const elsewhere = describeElsewhere(request, fleet);
+  if (!fleet.some((node) => isEligible(request, node))) return `there is no node ${where}${elsewhere}`;
+  return `no node ${where} takes instances now; waiting until one does${elsewhere}`;
+}
+
+/** Where else it would fit, if the caller let go of the location. */
+function describeElsewhere(request: PlacementRequest, fleet: readonly FleetNode[]): string {
+  const anywhere = { ...request, location: {} };
+  const fitting = fleet.filter((node) => node.obstacle === undefined && fitsEmptyNode(anywhere, node));
+  const places = new Set(fitting.map(({ location }) => describeLocation(location)));
+  if (places.size === 0) return "";
+  return `; it would fit ${[...places].toSorted().slice(0, maxNamed).join(", ")}: ask for that location`;
 }
 
 /** What was asked for: "2 x H100-SXM in ES" without the place. */
@@ -43,7 +58,7 @@ function explainMisfit(request: PlacementRequest, nodes: readonly FleetNode[], w
         ...new Set(nodes.flatMap((node) => node.gpus.filter((gpu) => gpu.usable).map((gpu) => gpu.model))),
       ];
       if (models.length === 0) return `no node ${where} has GPUs`;
-      const named = models.toSorted().slice(0, maxModelsNamed).join(", ");
+      const named = models.toSorted().slice(0, maxNamed).join(", ");
       if (model !== "" && !models.includes(model)) return `no node ${where} has that model; there are ${named}`;
       const most = Math.max(...nodes.flatMap((node) => node.gpus.filter(isOfModel(model)).map((gpu) => gpu.memoryMib)));
       return `no GPU ${where} has that much memory; the largest has ${most} MiB`;

@@ -253,6 +253,21 @@ describe("the explanation", () => {
     assert.match(text, /no node in any location has that model; there are H100-SXM, L40S/);
   });
 
+  it("says where it would fit instead of a place that has no node, or none that takes instances", () => {
+    const asked = request({ gpu: h100(1), location: { country: "FR", region: "lyon" } });
+    const text = explainWaiting(asked, fleet);
+    assert.equal(
+      text,
+      "1 x H100-SXM asked for; there is no node in FR/lyon; it would fit in ES/madrid/kumo-1: ask for that location",
+    );
+    const closed = [node(0, { obstacle: "cordoned", gpus: gpus("a", 8) }), node(1, { location: france })];
+    const inSpain = request({ location: { country: "ES" } });
+    assert.match(explainWaiting(inSpain, closed), /no node in ES takes instances now; waiting .* fit in FR\/paris/);
+    const model = request({ gpu: { model: "L40S", count: 1, minMemoryMib: 0 }, location: { country: "ES" } });
+    assert.match(explainWaiting(model, fleet), /there are H100-SXM; it would fit in FR\/paris\/p-1/);
+    assert.doesNotMatch(explainWaiting(request({ gpu: h100(1) }), []), /it would fit/);
+  });
+
   it("names the memory that there is", () => {
     const text = explainWaiting(request({ gpu: { model: "H100-SXM", count: 1, minMemoryMib: 100_000 } }), fleet);
     assert.match(text, /the largest has 81559 MiB/);

@@ -321,7 +321,7 @@ export type Node = Message<"clodei.v1.Node"> & {
   message: string;
 
   /**
-   * New instances are kept off it.
+   * An operator keeps new instances off it (CordonNode), whatever accepting_work says.
    *
    * @generated from field: bool cordoned = 6;
    */
@@ -398,7 +398,8 @@ export type Node = Message<"clodei.v1.Node"> & {
   observedGeneration: bigint;
 
   /**
-   * Whether the agent takes work; if not, accepting_work_message says why.
+   * Whether the agent would take work, by its own word alone; if not, accepting_work_message says why. It
+   * gets new instances while the node is READY and not cordoned as well.
    *
    * @generated from field: bool accepting_work = 17;
    */
