@@ -11,6 +11,7 @@ import packageJson from "../package.json" with { type: "json" };
 import { ConfigError, helpText, readCommand } from "./config.ts";
 import type { EnrollConfig, InventoryConfig } from "./config.ts";
 import { messageOf } from "./error-reason.ts";
+import { foreignFolder, ownerOf } from "./folder-owner.ts";
 import { enroll } from "./identity/enroll.ts";
 import { IdentityStore } from "./identity/identity-store.ts";
 import { StateFolder, statePaths } from "./identity/state-folder.ts";
@@ -51,9 +52,12 @@ async function enrollCommand(config: EnrollConfig, signal: AbortSignal): Promise
   }
   using state = await StateFolder.open(config.stateFolder);
   const store = new IdentityStore(state.paths.identity);
+  const owner = await ownerOf(state.paths);
   const token = await readToken(config.tokenSource);
   const identity = await enroll({
     store,
+    refusalOf: (nodeId) =>
+      owner === undefined || owner === nodeId ? undefined : foreignFolder(config.stateFolder, owner, nodeId),
     controlPlaneUrl: config.controlPlaneUrl,
     token,
     agentVersion: packageJson.version,

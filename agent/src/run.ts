@@ -1,6 +1,6 @@
 // `clodei-agent run`: builds the agent's parts, starts them and ends them in order.
 
-import { rename, unlink } from "node:fs/promises";
+import { unlink } from "node:fs/promises";
 import { getServers } from "node:dns";
 import { isIPv4 } from "node:net";
 import { join } from "node:path";
@@ -9,6 +9,7 @@ import type { InventoryConfig, RunConfig } from "./config.ts";
 import { ContainerEngine } from "./containers/engine.ts";
 import { RegistryAuth } from "./containers/registry-auth.ts";
 import { messageOf } from "./error-reason.ts";
+import { openJournal } from "./folder-owner.ts";
 import { IdentityStore } from "./identity/identity-store.ts";
 import type { Identity } from "./identity/identity-store.ts";
 import { ignoreMissing, StateFolder, StateFolderError, writeFileAtomically } from "./identity/state-folder.ts";
@@ -16,7 +17,6 @@ import type { StatePaths } from "./identity/state-folder.ts";
 import { readGpus, simulateGpus } from "./inventory/gpu.ts";
 import { readHost } from "./inventory/host.ts";
 import { Inventory } from "./inventory/inventory.ts";
-import { Journal } from "./journal/journal.ts";
 import type { Standing } from "./journal/journal.ts";
 import { Link } from "./link/link.ts";
 import type { LinkEnd } from "./link/link.ts";
@@ -63,7 +63,7 @@ export async function runAgent(options: {
   const identity = await store.load();
   if (identity === undefined)
     throw new StateFolderError(`${config.stateFolder} holds no identity: run "clodei-agent enroll" first`);
-  using journal = await openJournal(state.paths, identity.nodeId);
+  using journal = openJournal(state.paths, identity.nodeId);
   const clock = readBootClock();
   let engineVersion = (): string => "";
   const inventory = await openInventory({
@@ -154,23 +154,6 @@ function openEngine(config: RunConfig, identity: Identity, paths: StatePaths, in
 /** The node's own resolvers that a container can reach: not those on loopback. */
 function nodeResolvers(): string[] {
   return getServers().filter((server) => isIPv4(server) && !server.startsWith("127."));
-}
-
-/** A journal is one node's. One that another identity wrote is kept aside: its numbers mean nothing under this name. */
-async function openJournal(paths: StatePaths, nodeId: string): Promise<Journal> {
-  const journal = Journal.open(paths.journal);
-  const owner = journal.nodeId();
-  if (owner === nodeId) return journal;
-  if (owner === undefined) {
-    journal.saveNodeId(nodeId);
-    return journal;
-  }
-  // Disposing writes everything back into the one file.
-  journal[Symbol.dispose]();
-  await rename(paths.journal, `${paths.journal}.${owner}`);
-  const fresh = Journal.open(paths.journal);
-  fresh.saveNodeId(nodeId);
-  return fresh;
 }
 
 async function untilEmpty(worker: Worker, signal: AbortSignal): Promise<void> {

@@ -1,7 +1,7 @@
 import { describe, it } from "node:test";
 import assert from "node:assert/strict";
 import { randomBytes, verify, X509Certificate } from "node:crypto";
-import { chmod, mkdtemp, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { chmod, mkdtemp, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { timestampFromMs } from "@bufbuild/protobuf/wkt";
@@ -15,6 +15,7 @@ import { listen } from "../testing/control-plane.ts";
 import type { TestListener } from "../testing/control-plane.ts";
 import { enroll, EnrollmentError } from "./enroll.ts";
 import { IdentityStore } from "./identity-store.ts";
+import type { Identity } from "./identity-store.ts";
 import { certificateRequest } from "./key.ts";
 import { isExpired, renewalTimeMs, renewExpired } from "./renewal.ts";
 import { StateFolder } from "./state-folder.ts";
@@ -191,14 +192,13 @@ describe("enrollment", () => {
 
 describe("renewal of a certificate that ran out", () => {
   it("signs the server's challenge with the old key and takes a new key over", async () => {
-    await withEnrollment(async ({ listener, token, store, folder, authority }) => {
+    await withEnrollment(async ({ listener, token, store, authority }) => {
       const identity = await enroll({ store, controlPlaneUrl: listener.url, token, agentVersion: "1", signal });
       const old = await authority.issueNode(await certificateRequest(identity.key), identity.nodeId, {
         fromMs: Date.now() - hourMs,
         toMs: Date.now() - 1000,
       });
       const expired = { ...identity, certificate: new X509Certificate(old) };
-      await writeFile(join(folder, "certificate.pem"), expired.certificate.toString());
       assert.ok(isExpired(expired.certificate, Date.now()));
       const renewed = await renewExpired(store, expired, signal);
       assert.ok(!isExpired(renewed.certificate, Date.now()));
@@ -220,17 +220,68 @@ describe("renewal of a certificate that ran out", () => {
 });
 
 describe("the identity's files", () => {
-  it("finish a change that a crash cut off after the certificate was there", async () => {
+  it("hold one identity or the other wherever a change is cut off", async () => {
     await withEnrollment(async ({ listener, token, store, folder }) => {
-      const first = await enroll({ store, controlPlaneUrl: listener.url, token, agentVersion: "1", signal });
-      const oldKey = await readFile(join(folder, "key.pem"), "utf8");
-      const second = await enroll({ store, controlPlaneUrl: listener.url, token, agentVersion: "1", signal });
-      assert.notEqual(first.key.pem, second.key.pem);
-      // As it stands between the rename of the certificate and the rename of the key.
-      await rename(join(folder, "key.pem"), join(folder, "key.next.pem"));
-      await writeFile(join(folder, "key.pem"), oldKey, { mode: 0o600 });
-      assert.equal((await store.load())?.key.pem, second.key.pem);
-      assert.equal(await readFile(join(folder, "key.pem"), "utf8"), second.key.pem);
+      const change = () => enroll({ store, controlPlaneUrl: listener.url, token, agentVersion: "1", signal });
+      const files = async () =>
+        new Map(
+          await Promise.all(
+            (await readdir(folder)).map(async (name) => [name, await readFile(join(folder, name), "utf8")] as const),
+          ),
+        );
+      const put = async (content: ReadonlyMap<string, string>) => {
+        for (const name of await readdir(folder)) await rm(join(folder, name));
+        for (const [name, text] of content) await writeFile(join(folder, name), text, { mode: 0o600 });
+      };
+      const first = await change();
+      const before = await files();
+      const second = await change();
+      const after = await files();
+      const [key, nextKey] = [first.key.pem, second.key.pem];
+      assert.notEqual(key, nextKey);
+      const [node, nextNode] = [before.get("node.json") ?? "", after.get("node.json") ?? ""];
+      const whole = async () => {
+        const identity = await store.load();
+        return [identity?.enrollmentId, identity?.key.pem, identity?.certificate.serialNumber];
+      };
+      const parts = (identity: Identity) => [
+        identity.enrollmentId,
+        identity.key.pem,
+        identity.certificate.serialNumber,
+      ];
+      // Before the rename of node.json, and between it and the key's: there is no other moment.
+      await put(new Map([...before, ["key.next.pem", nextKey], ["node.json.new", nextNode.slice(0, 100)]]));
+      assert.deepEqual(await whole(), parts(first));
+      assert.equal(node, await readFile(join(folder, "node.json"), "utf8"));
+      await put(
+        new Map([
+          ["key.pem", key],
+          ["key.next.pem", nextKey],
+          ["node.json", nextNode],
+        ]),
+      );
+      assert.deepEqual(await whole(), parts(second));
+      assert.deepEqual(await files(), after);
+    });
+  });
+
+  it("of an earlier agent are read, and gone after the next change", async () => {
+    await withEnrollment(async ({ listener, token, store, folder }) => {
+      const change = () => enroll({ store, controlPlaneUrl: listener.url, token, agentVersion: "1", signal });
+      const identity = await change();
+      const { certificate, trust, ...description } = JSON.parse(
+        await readFile(join(folder, "node.json"), "utf8"),
+      ) as Record<string, string>;
+      await writeFile(join(folder, "certificate.pem"), certificate ?? "");
+      await writeFile(join(folder, "trust.pem"), trust ?? "");
+      await writeFile(join(folder, "node.json"), JSON.stringify(description));
+      const loaded = await store.load();
+      assert.deepEqual(
+        [loaded?.nodeId, loaded?.certificate.serialNumber, loaded?.roots.length],
+        [identity.nodeId, identity.certificate.serialNumber, 1],
+      );
+      await change();
+      assert.deepEqual((await readdir(folder)).toSorted(), ["key.pem", "node.json"]);
     });
   });
 

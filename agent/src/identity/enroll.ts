@@ -5,6 +5,7 @@ import { randomUUID } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { parseId } from "@clodei/proto/ids";
+import type { NodeId } from "@clodei/proto/ids";
 import type { EnrollmentTokenParts } from "@clodei/proto/enrollment-token";
 import { parseEnrollmentToken } from "@clodei/proto/enrollment-token";
 import type { EnrollResponse } from "@clodei/proto/gen/clodei/v1/enrollment_service";
@@ -28,6 +29,8 @@ const firstDelayMs = 500;
 /** Enrolls this node, or enrolls it anew with another token, and writes the identity down. */
 export async function enroll(options: {
   readonly store: IdentityStore;
+  /** Why the store must not hold this node's identity; undefined where it may. Which node it is the answer tells. */
+  readonly refusalOf?: (nodeId: NodeId) => string | undefined;
   readonly controlPlaneUrl: string;
   readonly token: string;
   readonly agentVersion: string;
@@ -41,6 +44,13 @@ export async function enroll(options: {
   const key = await options.store.nextKey();
   const response = await retry(options.signal, () => requestIdentity(options, token, key));
   const identity = judge(response, options.controlPlaneUrl, token, key);
+  const refusal = options.refusalOf?.(identity.nodeId);
+  if (refusal !== undefined) {
+    await options.store.dropNextKey();
+    throw new EnrollmentError(
+      `${refusal}. Nothing was changed here; the token was used: revoke ${identity.nodeId} and make another token`,
+    );
+  }
   await options.store.commit(identity);
   return identity;
 }
