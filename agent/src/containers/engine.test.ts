@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { lstat, readFile, rm } from "node:fs/promises";
+import { lstat, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { after, before, describe, it } from "node:test";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
@@ -275,6 +275,22 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
       });
       await assert.rejects(containers.start(key, signal), fails("policy", message), weakness);
       assert.equal((await ended(key)).state, "exited", weakness);
+      await containers.remove(key, signal);
+    }
+  });
+
+  it("kills a container whose process left its control group", async () => {
+    for (const controller of ["pids", "memory"]) {
+      const key = await run(spec("sleep 100"));
+      const pid = String((await observe(key))?.pid);
+      const text = await readFile(`/proc/${pid}/cgroup`, "latin1");
+      const mounts = await readFile("/proc/self/mountinfo", "latin1");
+      const isFirstVersion = new RegExp(`^\\d+:(\\S+,)?${controller}(,\\S+)?:`, "m").test(text);
+      const type = isFirstVersion ? `cgroup \\S+ (\\S+,)?${controller}(,|$)` : "cgroup2 ";
+      const [, mount = ""] = new RegExp(`^(?:\\S+ ){4}(\\S+) .* - ${type}`, "m").exec(mounts) ?? [];
+      await writeFile(join(mount, "cgroup.procs"), pid);
+      await assert.rejects(containers.adopt(key, signal), fails("policy", /not in the container's control group/));
+      assert.equal((await ended(key)).exitCode, 137);
       await containers.remove(key, signal);
     }
   });

@@ -432,9 +432,8 @@ export class ContainerEngine {
   async #started(key: AttemptKey, container: ContainerInspectInfo, signal: AbortSignal): Promise<StartedContainer> {
     const startTime = timeOf(container.State.StartedAt) ?? new Date();
     if (!container.State.Running) return { startTime, isolation: undefined };
-    const uid = await this.#workspaces.ownerUid(key.instanceId);
     try {
-      return { startTime, isolation: readIsolation({ pid: container.State.Pid, containerId: container.Id, uid }) };
+      return { startTime, isolation: await this.#isolation(key, container, signal) };
     } catch (error) {
       if (!(error instanceof IsolationError)) throw error;
       await this.#containers
@@ -444,6 +443,19 @@ export class ContainerEngine {
         .catch(unless(404, 409));
       throw new EngineError("policy", error.message, { cause: error });
     }
+  }
+
+  /** Undefined when the process had ended. Throws IsolationError. */
+  async #isolation(key: AttemptKey, container: ContainerInspectInfo, signal: AbortSignal) {
+    const { Id: containerId, State: state } = container;
+    const uid = await this.#workspaces.ownerUid(key.instanceId);
+    const found = readIsolation({ pid: state.Pid, containerId, uid });
+    if (found === "ended") return undefined;
+    if (found !== "elsewhere") return found;
+    // The engine knows whether that number is still the container's.
+    const now = await this.#containers.find(key, signal);
+    if (now?.Id !== containerId || !now.State.Running || now.State.Pid !== state.Pid) return undefined;
+    throw new IsolationError(`process ${state.Pid} of the container is not in the container's control group`);
   }
 
   async #readPasswd(containerId: string, signal: AbortSignal): Promise<string> {

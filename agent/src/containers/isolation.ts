@@ -27,25 +27,29 @@ const seccompFilterMode = 2;
 /** How often new processes are looked for. A container that forks without end shows different ones for ever. */
 const maxRounds = 3;
 const capabilitySets = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] as const;
+/** On version 1 each limit has a hierarchy of its own. */
+const limitingControllers = ["pids", "memory", "cpu"] as const;
 const ownNamespaces = ["pid", "mnt", "ipc", "uts", "net", "cgroup"] as const;
 
 /**
- * Reads the isolation of all processes of a container and returns the first one's. Undefined when the container had
- * ended before it could be read. Throws IsolationError for the first process that may do more than it must.
+ * Reads the isolation of all processes of a container and returns the first one's. Throws IsolationError for the first
+ * process that may do more than it must.
+ *
+ * @returns `ended`: the container had ended before it could be read. `elsewhere`: the process is not in the container's
+ * control groups, so that its number is another process's by now, or the container's limits do not hold for it.
  */
-export function readIsolation(subject: IsolationSubject): Isolation | undefined {
+export function readIsolation(subject: IsolationSubject): Isolation | "ended" | "elsewhere" {
   const first = openProcess(subject.pid);
-  if (first === undefined) return undefined;
+  if (first === undefined) return "ended";
   try {
-    const group = controlGroupOf(first);
+    const groups = controlGroupsOf(first);
     const status = readStatus(first);
     // One that ended and was not fetched yet shows what is left of it, which is not what it ran with.
-    if (group === undefined || status === undefined || hasEnded(status)) return undefined;
-    // Another process got the number before the descriptor was opened.
-    if (!group.includes(subject.containerId)) return undefined;
+    if (groups === undefined || status === undefined || hasEnded(status)) return "ended";
+    if (!isIn(groups, subject.containerId)) return "elsewhere";
     checkStatus(subject, status, subject.pid);
     checkNamespaces(first, subject.pid);
-    checkOthers(subject, group);
+    checkOthers(subject, processGroupOf(groups));
     return create(IsolationSchema, {
       effectiveCapabilities: BigInt(`0x${status.get("CapEff") ?? "0"}`),
       noNewPrivileges: status.get("NoNewPrivs") === "1",
@@ -68,7 +72,9 @@ function checkOthers(subject: IsolationSubject, group: string): void {
       if (descriptor === undefined) continue;
       try {
         const status = readStatus(descriptor);
-        if (status === undefined || !(controlGroupOf(descriptor)?.includes(subject.containerId) ?? false)) continue;
+        const groups = controlGroupsOf(descriptor);
+        // It ended since the list was read, and its number is another process's.
+        if (status === undefined || groups === undefined || !isIn(groups, subject.containerId)) continue;
         checkStatus(subject, status, pid);
       } finally {
         closeSync(descriptor);
@@ -136,18 +142,28 @@ function checkNamespaces(descriptor: number, pid: number): void {
   }
 }
 
-/** The container's control group as a folder: of the pids controller on version 1, of the one hierarchy on version 2. */
-function controlGroupOf(descriptor: number): string | undefined {
+/** A process's control groups: a path for each controller of version 1, and under "" that of version 2. */
+function controlGroupsOf(descriptor: number): Map<string, string> | undefined {
   const text = readProcess(descriptor, "cgroup");
   if (text === undefined) return undefined;
-  let unified: string | undefined;
+  const groups = new Map<string, string>();
   for (const line of text.split("\n")) {
     const [, controllers = "", path] = /^\d+:([^:]*):(.*)$/.exec(line) ?? [];
-    if (path === undefined) continue;
-    if (controllers.split(",").includes("pids")) return join(hierarchyOf("pids"), path);
-    if (controllers === "") unified = path;
+    if (path !== undefined) for (const controller of controllers.split(",")) groups.set(controller, path);
   }
-  return unified === undefined ? undefined : join(hierarchyOf(undefined), unified);
+  return groups;
+}
+
+/** Whether the groups that limit a process are the container's, whose id their paths hold. */
+function isIn(groups: ReadonlyMap<string, string>, containerId: string): boolean {
+  const limiting = groups.has("pids") ? limitingControllers.filter((name) => groups.has(name)) : [""];
+  return limiting.every((name) => groups.get(name)?.includes(containerId) ?? false);
+}
+
+/** The folder in which a group's processes are listed: of the pids controller on version 1. */
+function processGroupOf(groups: ReadonlyMap<string, string>): string {
+  const pids = groups.get("pids");
+  return pids === undefined ? join(hierarchyOf(undefined), groups.get("") ?? "") : join(hierarchyOf("pids"), pids);
 }
 
 /** Where the hierarchy of a controller is mounted; that of version 2 for no controller. */
