@@ -98,12 +98,22 @@ const forgedSpecs: readonly ForgedSpec[] = [
   },
   { field: "cpu_millis", what: "none", container: always({ cpuMillis: 0 }) },
   { field: "cpu_millis", what: "beyond the node", container: always({ cpuMillis: availableParallelism() * 1000 + 1 }) },
+  {
+    field: "cpu_millis",
+    what: "more than the other instances leave",
+    container: always({ cpuMillis: availableParallelism() * 1000 }),
+  },
   { field: "cpu_millis", what: "the greatest number", container: always({ cpuMillis: 0xffff_ffff }) },
   { field: "memory_mib", what: "none", container: always({ memoryMib: 0 }) },
   {
     field: "memory_mib",
     what: "beyond the node",
     container: always({ memoryMib: Math.floor(totalmem() / 2 ** 20) + 1 }),
+  },
+  {
+    field: "memory_mib",
+    what: "more than the other instances leave",
+    container: always({ memoryMib: Math.floor(totalmem() / 2 ** 20) }),
   },
   { field: "memory_mib", what: "the greatest number", container: always({ memoryMib: 0xffff_ffff }) },
   { field: "stop_grace", what: "an hour", container: always({ stopGrace: seconds(3600) }) },
@@ -292,7 +302,16 @@ describe("forged desired sets over a real session", { skip: engineUnavailable ??
     assert.equal(forger.observedGeneration, forger.generation);
   });
 
-  it("generation: a lower one starts nothing", async () => {
+  it("generation: one that would outbid every later one ends the session, and the next set counts", async () => {
+    const id = newId("ins");
+    forger.desireAt(2n ** 64n - 1n, [honestlyWanted, wanted(id, "true")]);
+    await forger.accept();
+    assert.equal(forger.observedGeneration, forger.generation);
+    forger.desire(honestlyWanted, wanted(id, "true", { container: { cpuMillis: 0 } }));
+    await forger.reported(id, ENDED);
+  });
+
+  it("generation: a lower one than one of the session starts nothing", async () => {
     const [old, next] = [newId("ins"), newId("ins")];
     forger.desireAt(0n, [honestlyWanted, wanted(old, "true")]);
     forger.desire(honestlyWanted, wanted(next, "true", { container: { cpuMillis: 0 } }));

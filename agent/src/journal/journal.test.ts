@@ -147,12 +147,15 @@ describe("the journal", () => {
         journal.saveDesiredSet(
           create(DesiredSetSchema, { generation: 7n, instances: [{ instanceId, attempt: 2, state: 1 }] }),
         );
+        assert.equal(journal.highestGeneration(), 7n);
+        journal.saveDesiredSet(create(DesiredSetSchema, { generation: 6n }));
         journal.saveSessionSecret(new Uint8Array([1, 2, 3]));
         journal.saveStanding("enrollment-1", "revoked");
         journal.saveNodeId("nod_1");
       }
       using journal = Journal.open(path);
-      assert.equal(journal.desiredSet()?.generation, 7n);
+      assert.equal(journal.desiredSet()?.generation, 6n);
+      assert.equal(journal.highestGeneration(), 7n);
       assert.deepEqual([...journal.sessionSecret()], [1, 2, 3]);
       assert.equal(journal.standing("enrollment-1"), "revoked");
       assert.equal(journal.standing("enrollment-2"), "none");

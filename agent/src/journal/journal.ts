@@ -190,9 +190,17 @@ export class Journal implements Disposable {
     return payload instanceof Uint8Array ? fromBinary(DesiredSetSchema, payload) : undefined;
   }
 
+  /** The highest generation of a desired set that was ever kept; 0 if none was. */
+  highestGeneration(): bigint {
+    // A journal of an earlier agent holds the last set alone, which was the highest.
+    return BigInt(this.#readText("highest_generation") ?? this.desiredSet()?.generation ?? 0n);
+  }
+
   /** Keeps the desired set. */
   saveDesiredSet(set: DesiredSet): void {
     this.#transaction(() => {
+      const highest = this.highestGeneration();
+      this.#saveText("highest_generation", String(set.generation > highest ? set.generation : highest));
       this.#database
         .prepare(
           "insert into desired_set (id, payload) values (1, ?) on conflict (id) do update set payload = excluded.payload",

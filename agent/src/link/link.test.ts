@@ -231,6 +231,52 @@ describe("the link", { timeout: 60_000 }, () => {
     });
   });
 
+  it("takes a restored control plane's older set at the beginning of a session, and in the session only newer ones", async () => {
+    await withLink(async ({ session, worker }) => {
+      const say = async (peer: Peer, generation: bigint): Promise<void> => {
+        peer.say({ case: "desiredSet", value: { generation } });
+        peer.say({ case: "probe", value: { nonce: new Uint8Array([1]) } });
+        await peer.hear("probeReply");
+      };
+      const peer = await session();
+      peer.welcome();
+      await say(peer, 100n);
+      peer.goodbye(ErrorReason.UNAVAILABLE);
+      const restored = await session();
+      assert.equal((await restored.hear("hello")).observedGeneration, 100n);
+      restored.welcome();
+      await say(restored, 40n);
+      assert.equal(worker.observedGeneration, 40n);
+      await say(restored, 39n);
+      assert.equal(worker.observedGeneration, 40n);
+      await say(restored, 41n);
+      assert.equal(worker.observedGeneration, 41n);
+    });
+  });
+
+  it("refuses a set whose generation is absurdly far ahead, tells it, and takes the next good one", async () => {
+    await withLink(async ({ session, worker }) => {
+      for (const generation of [2n ** 64n - 1n, 2n ** 32n + 1n]) {
+        const forged = await session();
+        forged.welcome();
+        forged.say({ case: "desiredSet", value: { generation } });
+        await assert.rejects(forged.hear("probeReply"), "the session ends");
+        const told = await session();
+        assert.equal((await told.hear("hello")).observedGeneration, 0n);
+        told.welcome();
+        assert.match((await told.hear("heartbeat")).acceptingWorkMessage, /generation: .* is too far ahead/);
+        told.goodbye(ErrorReason.UNAVAILABLE);
+      }
+      const good = await session();
+      good.welcome();
+      good.say({ case: "desiredSet", value: { generation: 2n ** 32n } });
+      good.say({ case: "probe", value: { nonce: new Uint8Array([1]) } });
+      await good.hear("probeReply");
+      assert.equal(worker.observedGeneration, 2n ** 32n);
+      assert.doesNotMatch(worker.acceptance().message, /too far ahead/);
+    });
+  });
+
   it("begins a new journal when the control plane knows more of it than it holds", async () => {
     await withLink(async ({ session, journal }) => {
       report(journal, AttemptPhase.CREATING);

@@ -243,6 +243,7 @@ export class Session {
     }
     this.#welcomed = true;
     journal.acknowledge(welcome.acknowledgedSequence);
+    worker.beginSession();
     if (welcome.serverTime !== undefined) worker.setServerTime(timestampMs(welcome.serverTime));
     this.#leaseMs = welcome.lease === undefined ? 30_000 : Math.max(1000, durationMs(welcome.lease));
     const interval = welcome.heartbeatInterval === undefined ? 10_000 : durationMs(welcome.heartbeatInterval);

@@ -2,9 +2,9 @@
 
 import { timestampMs } from "@bufbuild/protobuf/wkt";
 import { DesiredState } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
-import type { DesiredInstance } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import type { ContainerSpec, DesiredInstance } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { InstanceId } from "@clodei/proto/ids";
-import type { DesiredAttempt } from "./model.ts";
+import type { DesiredAttempt, Needs } from "./model.ts";
 
 /** `toBootMs` turns a time of the control plane's clock into one of the boot's. */
 export function desiredAttempt(instanceId: InstanceId, instance: DesiredInstance, toBootMs: number): DesiredAttempt {
@@ -13,8 +13,14 @@ export function desiredAttempt(instanceId: InstanceId, instance: DesiredInstance
     attempt: instance.attempt,
     state: desiredStateOf(instance.state),
     notBeforeMs: instance.notBeforeTime === undefined ? 0 : timestampMs(instance.notBeforeTime) + toBootMs,
-    gpuUuids: instance.container?.gpuUuids ?? [],
+    needs: needsOf(instance.container) ?? { gpuUuids: [], cpuMillis: 0, memoryMib: 0 },
   };
+}
+
+/** What a specification takes of the node. */
+export function needsOf(spec: ContainerSpec | undefined): Needs | undefined {
+  if (spec === undefined) return undefined;
+  return { gpuUuids: spec.gpuUuids, cpuMillis: spec.cpuMillis, memoryMib: spec.memoryMib };
 }
 
 function desiredStateOf(state: DesiredState): DesiredAttempt["state"] {

@@ -265,6 +265,16 @@ export class Executor {
           reason: InstanceReason.POLICY_VIOLATION,
           message: "gpu_uuids: a GPU is in use by another instance of this node",
         });
+      case "cpu_in_use":
+        return this.#end(key, {
+          reason: InstanceReason.POLICY_VIOLATION,
+          message: "cpu_millis: all instances of this node together would have more than the node has",
+        });
+      case "memory_in_use":
+        return this.#end(key, {
+          reason: InstanceReason.POLICY_VIOLATION,
+          message: "memory_mib: all instances of this node together would have more than the node has",
+        });
     }
   }
 

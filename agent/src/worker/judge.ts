@@ -15,6 +15,7 @@ import { GpuHealth, MigMode } from "@clodei/proto/gen/clodei/v1/inventory";
 import type { NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
 import { parseId } from "@clodei/proto/ids";
 import { create } from "@bufbuild/protobuf";
+import type { Capacity } from "./model.ts";
 
 /** Why an attempt will not run. */
 export interface Refusal {
@@ -24,6 +25,13 @@ export interface Refusal {
 
 // The contract's longest message; a specification may break many rules at once.
 const maxMessageLength = 2048;
+/** The control plane's own column holds no more. A node that names a higher one is not understood any more. */
+const maxGeneration = 2n ** 63n - 1n;
+/**
+ * A set's generation may be so far ahead of the highest that was seen: a change a second for 136 years. Without a bound
+ * one forged set would make a node take every later set for an old one.
+ */
+const maxGenerationStep = 2n ** 32n;
 /** The contract's longest time between SIGTERM and SIGKILL. */
 export const maxStopGraceSeconds = 120;
 
@@ -44,11 +52,12 @@ export class Judge {
 
   /** Why this must not run here; undefined if it may. */
   refusalOf(spec: ContainerSpec): Refusal | undefined {
-    const { gpus, host } = this.#inventory();
+    const { gpus } = this.#inventory();
+    const { cpuMillis, memoryMib } = this.capacity();
     const violations = checkContainer(spec, {
       imageAllowlist: this.#imageAllowlist,
-      maxCpuMillis: (host?.cpuCount ?? 0) * 1000,
-      maxMemoryMib: host?.memoryMib ?? 0,
+      maxCpuMillis: cpuMillis,
+      maxMemoryMib: memoryMib,
       maxStopGraceSeconds,
       knownGpuUuids: new Set(gpus.map(({ uuid }) => uuid)),
     });
@@ -66,8 +75,20 @@ export class Judge {
     return this.#refusalOfGpus(spec);
   }
 
-  /** Why the set cannot be understood; undefined if it can. Specifications are judged one by one, when they shall run. */
-  faultOf(set: DesiredSet): string | undefined {
+  /** What containers may have of this node, one alone and all together. */
+  capacity(): Capacity {
+    const { host } = this.#inventory();
+    return { cpuMillis: (host?.cpuCount ?? 0) * 1000, memoryMib: host?.memoryMib ?? 0 };
+  }
+
+  /**
+   * Why the set cannot be understood; undefined if it can. Specifications are judged one by one, when they shall run.
+   *
+   * @param highestGeneration The highest that was seen.
+   */
+  faultOf(set: DesiredSet, highestGeneration: bigint): string | undefined {
+    if (set.generation > maxGeneration || set.generation > highestGeneration + maxGenerationStep)
+      return `generation: ${set.generation} is too far ahead of ${highestGeneration}`;
     const instances = set.instances.map(({ instanceId, attempt, state }) =>
       create(DesiredInstanceSchema, { instanceId, attempt, state }),
     );

@@ -12,6 +12,8 @@ import type {
   RememberedAttempt,
   Situation,
   WorkMode,
+  Capacity,
+  Needs,
 } from "./model.ts";
 
 const ids = Array.from({ length: 3 }, (_, index) => newId("ins", index + 1)) as InstanceId[];
@@ -23,13 +25,20 @@ function first(): InstanceId {
   return id;
 }
 
+/** Two of the three instances of a world have room side by side. */
+const capacity: Capacity = { cpuMillis: 2000, memoryMib: 4096 };
+
+function needs(gpuUuids: readonly string[], cpuMillis = 1000, memoryMib = 64): Needs {
+  return { gpuUuids, cpuMillis, memoryMib };
+}
+
 function memory(part: Partial<RememberedAttempt> = {}): RememberedAttempt {
   return {
     instanceId: first(),
     attempt: 1,
     phase: "running",
     stopReason: "none",
-    gpuUuids: [],
+    needs: undefined,
     runDeadlineMs: undefined,
     attended: true,
     reportSequence: 1n,
@@ -45,7 +54,7 @@ function situation(part: Partial<Situation> & { wanted?: Partial<DesiredAttempt>
       attempt: 1,
       state: "running",
       notBeforeMs: 0,
-      gpuUuids: [],
+      needs: needs([]),
       ...part.wanted,
     });
   }
@@ -55,6 +64,8 @@ function situation(part: Partial<Situation> & { wanted?: Partial<DesiredAttempt>
     remembered: [],
     starting: [],
     leftovers: new Set(),
+    keepsUnnamed: false,
+    capacity,
     mode: "normal",
     nowMs: 1000,
     ...part,
@@ -144,6 +155,21 @@ describe("the plan of one instance", () => {
     assert.equal(only(situation({ leftovers: new Set([first()]) }))?.kind, "remove_instance");
   });
 
+  it("stops what an older set does not name, and keeps its workspace and logs", () => {
+    const older = { keepsUnnamed: true, leftovers: new Set([first()]) };
+    assert.equal(only(situation({ ...older, observed: [container("running")] }))?.kind, "stop");
+    const ended = [memory({ phase: "ended" })];
+    assert.equal(
+      only(situation({ ...older, observed: [container("exited")], remembered: ended }))?.kind,
+      "remove_container",
+    );
+    assert.equal(only(situation({ ...older, remembered: ended })), undefined);
+    assert.equal(
+      only(situation({ ...older, wanted: { state: "removed" }, remembered: ended }))?.kind,
+      "remove_instance",
+    );
+  });
+
   it("touches nothing before the first desired set, but reports what ended", () => {
     const unknown = { ...situation({}), desired: undefined };
     assert.equal(only({ ...unknown, observed: [container("running")], leftovers: new Set([first()]) }), undefined);
@@ -197,18 +223,18 @@ describe("the plan of one instance", () => {
     assert.ok(one !== undefined && two !== undefined);
     const want = (instanceId: InstanceId, state: DesiredAttempt["state"]): [InstanceId, DesiredAttempt] => [
       instanceId,
-      { instanceId, attempt: 1, state, notBeforeMs: 0, gpuUuids: ["GPU-SIM-a"] },
+      { instanceId, attempt: 1, state, notBeforeMs: 0, needs: needs(["GPU-SIM-a"]) },
     ];
     const base = {
       ...situation({}),
       observed: [{ instanceId: one, attempt: 1, state: "running" as const }],
-      remembered: [memory({ gpuUuids: ["GPU-SIM-a"] })],
+      remembered: [memory({ needs: needs(["GPU-SIM-a"]) })],
     };
     const kept = plan({ ...base, desired: new Map([want(one, "running"), want(two, "running")]) });
     assert.deepEqual(kept.actions, [{ kind: "end", instanceId: two, attempt: 1, cause: "gpu_in_use" }]);
     const leaving = plan({ ...base, desired: new Map([want(one, "stopped"), want(two, "running")]) });
     assert.deepEqual(leaving.actions, [{ kind: "stop", instanceId: one, attempt: 1, reason: "requested" }]);
-    const starting = [{ instanceId: two, attempt: 1, gpuUuids: ["GPU-SIM-a"] }];
+    const starting = [{ instanceId: two, attempt: 1, needs: needs(["GPU-SIM-a"]) }];
     const early = plan({ ...situation({}), starting, desired: new Map([want(one, "running"), want(two, "running")]) });
     assert.deepEqual(early.actions[0], { kind: "end", instanceId: one, attempt: 1, cause: "gpu_in_use" });
     const cutOff = plan({ ...situation({}), starting, desired: new Map([want(one, "running"), want(two, "stopped")]) });
@@ -221,6 +247,55 @@ describe("the plan of one instance", () => {
         ["end", two],
       ],
     );
+  });
+
+  it("ends an attempt for which the node is too small beside those that stay, and waits for those that leave", () => {
+    const [one, two] = ids;
+    assert.ok(one !== undefined && two !== undefined);
+    const plans = (
+      held: Needs,
+      asked: Needs,
+      state: DesiredAttempt["state"] = "running",
+      part: Partial<Situation> = {},
+    ) => {
+      const want = (
+        instanceId: InstanceId,
+        value: Needs,
+        of: DesiredAttempt["state"],
+      ): [InstanceId, DesiredAttempt] => [
+        instanceId,
+        { instanceId, attempt: 1, state: of, notBeforeMs: 0, needs: value },
+      ];
+      const { actions } = plan({
+        ...situation({}),
+        observed: [{ instanceId: one, attempt: 1, state: "running" }],
+        remembered: [memory({ needs: held })],
+        desired: new Map([want(one, held, state), want(two, asked, "running")]),
+        ...part,
+      });
+      const action = actions.find(({ instanceId }) => instanceId === two);
+      return action?.kind === "end" ? action.cause : action?.kind;
+    };
+    assert.equal(plans(needs([], 1500), needs([], 500)), "start", "what just fits is started");
+    assert.equal(plans(needs([], 1500), needs([], 501)), "cpu_in_use");
+    assert.equal(plans(needs([], 1, 4000), needs([], 1, 97)), "memory_in_use");
+    assert.equal(plans(needs([], 1500), needs([], 501), "stopped"), undefined, "it waits");
+    assert.equal(plans(needs([], 1500), needs([], 2001)), "start", "the judge refuses it, and says why");
+    const begins = {
+      observed: [],
+      remembered: [],
+      starting: [{ instanceId: one, attempt: 1, needs: needs([], 1500) }],
+    };
+    assert.equal(plans(needs([], 1500), needs([], 501), "running", begins), undefined, "the other may be refused yet");
+    // A container that nobody remembers has what is wanted of it.
+    assert.equal(plans(needs([], 1500), needs([], 501), "running", { remembered: [] }), "cpu_in_use");
+    // An end that was reported while the container is still there.
+    const over = { remembered: [memory({ needs: needs([], 1500), phase: "ended" as const })] };
+    assert.equal(plans(needs([], 1500), needs([], 501), "running", over), undefined);
+    // What was validated counts, not what a later set says of the same attempt.
+    const prepared = memory({ instanceId: two, phase: "preparing", needs: needs([], 1900) });
+    const lied = { remembered: [memory({ needs: needs([], 500) }), prepared] };
+    assert.equal(plans(needs([], 500), needs([], 1), "running", lied), "cpu_in_use");
   });
 
   it("forgets an attempt only when its end is committed, its container gone and the desired set past it", () => {
@@ -263,6 +338,8 @@ class World {
       })),
       starting: [],
       leftovers: this.leftovers,
+      keepsUnnamed: false,
+      capacity,
       mode: this.mode,
       nowMs: this.nowMs,
     };
@@ -293,8 +370,7 @@ class World {
       case "start":
         return [
           () => {
-            const gpuUuids = this.desired?.get(key.instanceId)?.gpuUuids ?? [];
-            if (!this.memories.has(text)) this.remember(key, { phase: "preparing", gpuUuids });
+            if (!this.memories.has(text)) this.remember(key, { phase: "preparing", needs: action.needs });
           },
           () => {
             this.leftovers.add(key.instanceId);
@@ -306,10 +382,13 @@ class World {
             this.starts.set(text, (this.starts.get(text) ?? 0) + 1);
             assert.ok(!this.everEnded.has(text), `${text} was started after its end`);
             this.observe(key, "running");
-            const holders = [...this.containers.values()]
+            const held = [...this.containers.values()]
               .filter(({ state }) => state === "running")
-              .flatMap((other) => this.memories.get(keyText(other))?.gpuUuids ?? []);
-            assert.equal(new Set(holders).size, holders.length, "one GPU in two containers");
+              .flatMap((other) => this.memories.get(keyText(other))?.needs ?? []);
+            const uuids = held.flatMap(({ gpuUuids }) => gpuUuids);
+            assert.equal(new Set(uuids).size, uuids.length, "one GPU in two containers");
+            const cpuMillis = held.reduce((sum, other) => sum + other.cpuMillis, 0);
+            assert.ok(cpuMillis <= capacity.cpuMillis, `${cpuMillis} CPU millis in use`);
           },
           () => this.remember(key, { phase: "running" }),
           () => void this.attended.add(text),
@@ -466,7 +545,7 @@ function desire(world: World, event: Extract<Event, { kind: "desire" }>, attempt
       attempt,
       state: event.state === "next" ? "running" : event.state,
       notBeforeMs: world.nowMs + event.delay,
-      gpuUuids: gpu === undefined ? [] : fresh || current === undefined ? [gpu] : current.gpuUuids,
+      needs: fresh || current === undefined ? needs(gpu === undefined ? [] : [gpu]) : current.needs,
     });
   }
   world.desired = next;

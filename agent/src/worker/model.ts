@@ -11,12 +11,22 @@ export interface AttemptKey {
   readonly attempt: number;
 }
 
+/** What an attempt takes of the node. */
+export interface Needs {
+  readonly gpuUuids: readonly string[];
+  readonly cpuMillis: number;
+  readonly memoryMib: number;
+}
+
+/** What all attempts together may take of the node; each GPU is one attempt's. */
+export type Capacity = Pick<Needs, "cpuMillis" | "memoryMib">;
+
 /** What shall be with an instance. */
 export interface DesiredAttempt extends AttemptKey {
   readonly state: "running" | "stopped" | "removed";
   /** Not to be started before, on the clock of `nowMs`. */
   readonly notBeforeMs: number;
-  readonly gpuUuids: readonly string[];
+  readonly needs: Needs;
 }
 
 /** What the engine shows of a container. */
@@ -28,7 +38,8 @@ export interface ObservedAttempt extends AttemptKey {
 export interface RememberedAttempt extends AttemptKey {
   readonly phase: RememberedPhase;
   readonly stopReason: StopReason;
-  readonly gpuUuids: readonly string[];
+  /** Of the specification that was validated; undefined where it never came to that. */
+  readonly needs: Needs | undefined;
   /** When its time is up, on the clock of `nowMs`; undefined without a limit. */
   readonly runDeadlineMs: number | undefined;
   /** Whether this process has looked after the running container: read its isolation back, meters it, keeps its logs. */
@@ -43,9 +54,9 @@ export interface RememberedAttempt extends AttemptKey {
  */
 export type WorkMode = "normal" | "no_new_work" | "revoked";
 
-/** A start that is under way, and the GPUs that it takes: until its container is journaled nothing else tells of them. */
+/** A start that is under way, and what it takes: until its container is journaled nothing else tells of it. */
 export interface StartingAttempt extends AttemptKey {
-  readonly gpuUuids: readonly string[];
+  readonly needs: Needs;
 }
 
 /** What a plan is made from. */
@@ -57,6 +68,9 @@ export interface Situation {
   readonly starting: readonly StartingAttempt[];
   /** Instances of which a workspace or logs are on the disk. */
   readonly leftovers: ReadonlySet<InstanceId>;
+  /** Whether workspace and logs stay of an instance that the desired set does not name: the set is older than one seen. */
+  readonly keepsUnnamed: boolean;
+  readonly capacity: Capacity;
   readonly mode: WorkMode;
   readonly nowMs: number;
 }
@@ -66,7 +80,7 @@ export type Action = AttemptKey &
   (
     | {
         /** Check, pull, create, start; goes on from a container that was created. */ readonly kind: "start";
-        readonly gpuUuids: readonly string[];
+        readonly needs: Needs;
       }
     | { /** Look after a container that runs. */ readonly kind: "attend" }
     | { readonly kind: "stop"; readonly reason: Exclude<StopReason, "none"> }
@@ -79,7 +93,7 @@ export type Action = AttemptKey &
   );
 
 /** Why an attempt without a container is over. */
-export type EndCause = "never_started" | "vanished" | "gpu_in_use";
+export type EndCause = "never_started" | "vanished" | "gpu_in_use" | "cpu_in_use" | "memory_in_use";
 
 /** The next steps, at most one an instance. */
 export interface Plan {
@@ -90,12 +104,12 @@ export interface Plan {
 
 /** Plans the next step of every instance. */
 export function plan(situation: Situation): Plan {
-  const gpus = new GpuHolders(situation);
+  const holdings = new Holdings(situation);
   const views = viewsOf(situation);
   const actions: Action[] = [];
   let wakeAtMs: number | undefined;
   for (const view of views) {
-    const step = nextStep(view, situation, gpus);
+    const step = nextStep(view, situation, holdings);
     if (typeof step === "number") wakeAtMs = Math.min(step, wakeAtMs ?? step);
     else if (step !== undefined) actions.push(step);
   }
@@ -159,7 +173,7 @@ function byAttempt(left: AttemptKey, right: AttemptKey): number {
 }
 
 /** The next step, or when to ask again, or undefined where everything is as it shall be. */
-function nextStep(view: InstanceView, situation: Situation, gpus: GpuHolders): Action | number | undefined {
+function nextStep(view: InstanceView, situation: Situation, holdings: Holdings): Action | number | undefined {
   if (situation.desired === undefined) return stepWithoutDesired(view);
   const wanted = view.wanted?.state === "running" && situation.mode !== "revoked" ? view.wanted : undefined;
   for (const container of view.containers) {
@@ -171,8 +185,9 @@ function nextStep(view: InstanceView, situation: Situation, gpus: GpuHolders): A
       continue;
     return { kind: "end", ...keyOf(memory), cause: memory.phase === "preparing" ? "never_started" : "vanished" };
   }
-  if (wanted !== undefined) return stepToRun(view, wanted, situation, gpus);
-  return situation.mode === "revoked" ? undefined : stepWithoutContainer(view);
+  if (wanted !== undefined) return stepToRun(view, wanted, situation, holdings);
+  if (situation.mode === "revoked" || (view.wanted === undefined && situation.keepsUnnamed)) return undefined;
+  return stepWithoutContainer(view);
 }
 
 /** Nobody has said yet what shall be: look after what runs, report what ended, touch nothing else. */
@@ -203,7 +218,7 @@ function stepToRun(
   view: InstanceView,
   wanted: DesiredAttempt,
   situation: Situation,
-  gpus: GpuHolders,
+  holdings: Holdings,
 ): Action | number | undefined {
   const key = keyOf(wanted);
   const memory = memoryOf(view, wanted.attempt);
@@ -229,13 +244,18 @@ function stepToRun(
   }
   if (situation.mode !== "normal") return undefined;
   if (wanted.notBeforeMs > situation.nowMs) return wanted.notBeforeMs;
-  switch (gpus.claim(wanted)) {
+  // What was validated and created is what runs, whatever a later set says about the same attempt.
+  const needs = memory?.needs ?? wanted.needs;
+  const verdict = holdings.claim(key, needs);
+  switch (verdict) {
     case "free":
-      return { kind: "start", ...key, gpuUuids: wanted.gpuUuids };
-    case "leaving":
+      return { kind: "start", ...key, needs };
+    case "wait":
       return undefined;
-    case "in_use":
-      return container === undefined ? { kind: "end", ...key, cause: "gpu_in_use" } : undefined;
+    case "gpu_in_use":
+    case "cpu_in_use":
+    case "memory_in_use":
+      return container === undefined ? { kind: "end", ...key, cause: verdict } : undefined;
   }
 }
 
@@ -277,30 +297,72 @@ function keyOf(key: AttemptKey): AttemptKey {
   return { instanceId: key.instanceId, attempt: key.attempt };
 }
 
-/** Who holds which GPU: whoever has a container with it, or is about to. */
-class GpuHolders {
-  readonly #holders = new Map<string, AttemptKey>();
-  readonly #desired: ReadonlyMap<InstanceId, DesiredAttempt> | undefined;
+/**
+ * Who holds what of the node: whoever has a container, or is about to. The control plane places by the same numbers
+ * (`createFleet` of its placement, which leaves some memory to the system besides) and frees them when an attempt's end
+ * was reported: what it places fits here, and its capacity must never be more than this one.
+ */
+class Holdings {
+  readonly #holders = new Map<string, Holder>();
+  readonly #capacity: Capacity;
 
   constructor(situation: Situation) {
-    this.#desired = situation.desired;
-    const alive = new Set(situation.observed.filter(({ state }) => state !== "exited").map(keyText));
+    this.#capacity = situation.capacity;
+    const wantedOf = (key: AttemptKey): DesiredAttempt | undefined => {
+      const desired = situation.desired?.get(key.instanceId);
+      return desired?.state === "running" && desired.attempt === key.attempt ? desired : undefined;
+    };
+    const hold = (key: AttemptKey, needs: Needs | undefined, standing: Holder["standing"]): void => {
+      if (needs === undefined) return;
+      this.#holders.set(keyText(key), {
+        ...keyOf(key),
+        needs,
+        standing: wantedOf(key) === undefined ? "leaves" : standing,
+      });
+    };
+    for (const start of situation.starting) hold(start, start.needs, "begins");
+    const alive = situation.observed.filter(({ state }) => state !== "exited");
+    // Of a container that nobody remembers, all that is known is what is wanted of it.
+    for (const container of alive) hold(container, wantedOf(container)?.needs, "stays");
+    const present = new Set(alive.map(keyText));
     for (const memory of situation.remembered) {
-      if (isOver(memory.phase) && !alive.has(keyText(memory))) continue;
-      for (const uuid of memory.gpuUuids) this.#holders.set(uuid, memory);
+      if (!isOver(memory.phase)) hold(memory, memory.needs, "stays");
+      else if (present.has(keyText(memory))) hold(memory, memory.needs, "leaves");
     }
-    for (const start of situation.starting) for (const uuid of start.gpuUuids) this.#holders.set(uuid, start);
   }
 
-  /** Takes the GPUs for this attempt, unless another has one: one that will leave, or one that will stay. */
-  claim(wanted: DesiredAttempt): "free" | "leaving" | "in_use" {
-    for (const uuid of wanted.gpuUuids) {
-      const holder = this.#holders.get(uuid);
-      if (holder === undefined || holder.instanceId === wanted.instanceId) continue;
-      const other = this.#desired?.get(holder.instanceId);
-      return other?.state === "running" && other.attempt === holder.attempt ? "in_use" : "leaving";
-    }
-    for (const uuid of wanted.gpuUuids) this.#holders.set(uuid, wanted);
+  /** Takes what the attempt needs, unless others have it: for good, or perhaps not for long. */
+  claim(key: AttemptKey, needs: Needs): "free" | "wait" | "gpu_in_use" | "cpu_in_use" | "memory_in_use" {
+    // The judge refuses what is too large for the node, and says all that is wrong with it. It takes nothing.
+    if (this.#lackBeside([], needs) !== undefined) return "free";
+    const others = [...this.#holders.values()].filter(({ instanceId }) => instanceId !== key.instanceId);
+    if (others.some((other) => other.standing !== "leaves" && shareGpu(other.needs, needs))) return "gpu_in_use";
+    const staying = others.filter(({ standing }) => standing === "stays");
+    const lack = this.#lackBeside(staying, needs);
+    if (lack !== undefined) return lack;
+    if (others.some((other) => shareGpu(other.needs, needs))) return "wait";
+    if (this.#lackBeside(others, needs) !== undefined) return "wait";
+    this.#holders.set(keyText(key), { ...keyOf(key), needs, standing: "begins" });
     return "free";
   }
+
+  #lackBeside(holders: readonly Holder[], needs: Needs): "cpu_in_use" | "memory_in_use" | undefined {
+    let { cpuMillis, memoryMib } = needs;
+    for (const { needs: held } of holders) {
+      cpuMillis += held.cpuMillis;
+      memoryMib += held.memoryMib;
+    }
+    if (cpuMillis > this.#capacity.cpuMillis) return "cpu_in_use";
+    return memoryMib > this.#capacity.memoryMib ? "memory_in_use" : undefined;
+  }
+}
+
+/** `begins`: its specification may still be refused, so nobody is refused for the sake of its CPU and memory. */
+interface Holder extends AttemptKey {
+  readonly needs: Needs;
+  readonly standing: "stays" | "leaves" | "begins";
+}
+
+function shareGpu(one: Needs, other: Needs): boolean {
+  return one.gpuUuids.some((uuid) => other.gpuUuids.includes(uuid));
 }

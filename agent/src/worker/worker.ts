@@ -21,7 +21,7 @@ import type { LogStore } from "../logs/log-store.ts";
 import { sleep } from "../sleep.ts";
 import { AttemptBook } from "./attempt-book.ts";
 import type { BootClock } from "./boot-clock.ts";
-import { desiredAttempt, runDeadlineMs } from "./desired.ts";
+import { desiredAttempt, needsOf, runDeadlineMs } from "./desired.ts";
 import { Executor } from "./executor.ts";
 import type { Judge } from "./judge.ts";
 import { Lanes } from "./lanes.ts";
@@ -67,6 +67,11 @@ export class Worker {
   readonly #executor: Executor;
   readonly #lanes: Lanes;
   #set: DesiredSet | undefined;
+  /** Sets below this one are ignored; undefined at the beginning of a session, whose first set may be any. */
+  #leastGeneration: bigint | undefined;
+  #highestGeneration: bigint;
+  /** Why the last set that came was refused; undefined where it was not. */
+  #setMessage: string | undefined;
   #desired: ReadonlyMap<InstanceId, DesiredInstance> | undefined;
   #observed: readonly ObservedContainer[] = [];
   /** Instances of which a step was under way when the last look began, or began since: it says nothing of them. */
@@ -101,7 +106,9 @@ export class Worker {
       onDone: () => this.wake(),
       isWanted: (key) => this.#wishFor(key) !== undefined,
     });
+    this.#highestGeneration = options.journal.highestGeneration();
     this.#use(options.journal.desiredSet());
+    this.#leastGeneration = this.#set?.generation;
   }
 
   /** Version of the container engine as it last answered; empty while it does not. */
@@ -114,12 +121,36 @@ export class Worker {
     return this.#set?.generation ?? 0n;
   }
 
-  /** Takes a desired set over. A set with a lower generation than one seen is ignored; false then. Throws where it cannot be understood. */
+  /**
+   * A session begins. Its first set is taken whatever its generation is: sets of one session come in order, and a
+   * control plane that was restored from a backup begins with a lower one than it had reached.
+   */
+  beginSession(): void {
+    this.#leastGeneration = undefined;
+  }
+
+  /**
+   * Takes a desired set over. A set with a lower generation than one of the session is ignored; false then. Throws where
+   * it cannot be understood.
+   */
   applyDesiredSet(set: DesiredSet): boolean {
-    if (this.#set !== undefined && set.generation < this.#set.generation) return false;
-    const fault = this.#options.judge.faultOf(set);
-    if (fault !== undefined) throw new Error(`the desired set cannot be understood: ${fault}`);
-    this.#options.journal.saveDesiredSet(set);
+    const { judge, journal, log } = this.#options;
+    if (this.#leastGeneration !== undefined && set.generation < this.#leastGeneration) return false;
+    const fault = judge.faultOf(set, this.#highestGeneration);
+    this.#setMessage = fault === undefined ? undefined : `the desired set cannot be understood: ${fault}`;
+    if (this.#setMessage !== undefined) {
+      log.error({ generation: set.generation.toString() }, this.#setMessage);
+      throw new Error(this.#setMessage);
+    }
+    if (set.generation < this.observedGeneration) {
+      log.error(
+        { generation: set.generation.toString(), highest: this.#highestGeneration.toString() },
+        "the control plane's desired set is older than the last: it was restored from a backup. What the set does not name is stopped, and its data is kept until a set is newer than all before",
+      );
+    }
+    journal.saveDesiredSet(set);
+    this.#highestGeneration = journal.highestGeneration();
+    this.#leastGeneration = set.generation;
     this.#use(set);
     this.#lanes.abortUnwanted();
     // An instance that nobody here has heard of needs no look at the engine: its container cannot be there, and if it
@@ -153,6 +184,7 @@ export class Worker {
       this.#hold === "quarantined" ? "the node is in quarantine" : undefined,
       this.#engineMessage,
       this.#diskMessage,
+      this.#setMessage,
       journal.failure === undefined ? undefined : `the journal cannot be written: ${journal.failure}`,
       journal.pendingCount() < maxPendingEntries
         ? undefined
@@ -270,12 +302,14 @@ export class Worker {
       observed: this.#observed.map(({ instanceId, attempt, state }) => ({ instanceId, attempt, state })),
       remembered: this.#book.all().map((record) => ({
         ...record,
-        gpuUuids: record.spec?.gpuUuids ?? [],
+        needs: needsOf(record.spec),
         runDeadlineMs: runDeadlineMs(record.spec?.maxRunTime, record.startedMs),
         attended: this.#executor.isAttended(record),
       })),
       starting: this.#lanes.starts(),
       leftovers,
+      keepsUnnamed: this.#keepsUnnamed,
+      capacity: this.#options.judge.capacity(),
       mode: this.#mode(),
       nowMs,
     };
@@ -295,7 +329,13 @@ export class Worker {
 
   #keepsLogs(instanceId: InstanceId): boolean {
     const state = this.#desired?.get(instanceId)?.state;
-    return this.#desired === undefined || (state !== undefined && state !== DesiredState.REMOVED);
+    if (state === undefined) return this.#desired === undefined || this.#keepsUnnamed;
+    return state !== DesiredState.REMOVED;
+  }
+
+  /** An older set than one seen cannot name what came after it. */
+  get #keepsUnnamed(): boolean {
+    return this.observedGeneration < this.#highestGeneration;
   }
 
   #use(set: DesiredSet | undefined): void {
