@@ -59,6 +59,11 @@ export const codeOfReason: Readonly<Record<ReasonName, Code>> = {
   LOGS_GONE: Code.NotFound,
 };
 
+/** As Connect spells it on the wire: "invalid_argument". */
+export function codeName(code: Code): string {
+  return (Code[code] ?? "unknown").replace(/(?<=[a-z])[A-Z]/g, (letter) => `_${letter}`).toLowerCase();
+}
+
 /** A detail of an error: a message and its schema. */
 export type ErrorDetail = { readonly desc: DescMessage; readonly value: MessageInitShape<DescMessage> };
 

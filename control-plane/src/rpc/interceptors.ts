@@ -3,7 +3,6 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Message } from "@bufbuild/protobuf";
 import {
-  Code,
   ConnectError,
   type HandlerContext,
   type Interceptor,
@@ -16,7 +15,7 @@ import type { Log } from "../platform/log.ts";
 import { authorize, openServices } from "./authorization.ts";
 import { anonymousCaller, type Authenticate, type Caller } from "./caller.ts";
 import { recordOf, type RequestRecord } from "./context.ts";
-import { isOurs, toConnectError } from "./errors.ts";
+import { codeName, isOurs, toConnectError } from "./errors.ts";
 import { explainJsonError } from "./json-errors.ts";
 import type { Metrics } from "./metrics.ts";
 import { limitedAddressOf, type RateLimiter } from "./rate-limit.ts";
@@ -268,11 +267,6 @@ function tell(error: unknown, record: RequestRecord, log: Log): ConnectError {
   record.code = codeName(mapped.code);
   if (isOurs(error)) log.error({ err: error, requestId: record.requestId, method: record.method }, "a request failed");
   return mapped;
-}
-
-/** As Connect spells it on the wire: "invalid_argument". */
-function codeName(code: Code): string {
-  return (Code[code] ?? "unknown").replace(/(?<=[a-z])[A-Z]/g, (letter) => `_${letter}`).toLowerCase();
 }
 
 /** What ends streams, and refuses requests, while the process drains. */
