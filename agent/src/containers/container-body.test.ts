@@ -88,16 +88,27 @@ describe("what Docker is asked for", () => {
 
 describe("the user of an image", () => {
   const passwd = "root:x:0:0::/:/bin/sh\napp:x:1000:1001::/:/bin/sh\nbad:x:-1:0::/:\n";
-  const resolve = (user: string) => resolveImageUser(user, async () => passwd);
+  const group = "root:x:0:\ndisk:x:6:root,app\nteam:x:1001:\n\nvideo:x:44:nobody,app\n";
+  const resolve = (user: string) => {
+    const { uid, gid, groups } = resolveImageUser(user, { passwd, group });
+    return [uid, gid, groups?.primary, groups?.supplementary];
+  };
 
-  it("is a number as it stands, or a name of its /etc/passwd", async () => {
-    assert.deepEqual(await resolve(""), { uid: 0, gid: 0 });
-    assert.deepEqual(await resolve("0"), { uid: 0, gid: 0 });
-    assert.deepEqual(await resolve("1234:5"), { uid: 1234, gid: 5 });
-    assert.deepEqual(await resolve("app"), { uid: 1000, gid: 1001 });
-    assert.deepEqual(await resolve("app:7"), { uid: 1000, gid: 7 });
-    for (const user of ["ghost", "bad", "-1", "4294967295", "010"])
-      await assert.rejects(resolve(user), /does not name/);
+  it("is a number as it stands, or a name of its /etc/passwd, with the groups that runc finds", () => {
+    assert.deepEqual(resolve(""), [0, 0, [0], [0, 6]]);
+    assert.deepEqual(resolve("0"), [0, 0, [0], [0, 6]]);
+    assert.deepEqual(resolve("1234"), [1234, 0, [0], [0]]);
+    assert.deepEqual(resolve("1234:5"), [1234, 5, [5], [5]]);
+    assert.deepEqual(resolve("1000"), [1000, 1001, [1001], [1001, 6, 44]]);
+    assert.deepEqual(resolve("app"), [1000, 1001, [1001], [1001, 6, 44]]);
+    assert.deepEqual(resolve("app:7"), [1000, 7, [7], [7]]);
+    assert.deepEqual(resolve("app:video"), [1000, 44, [44], [44]]);
+    for (const user of ["ghost", "bad", "-1", "4294967295", "010"]) assert.throws(() => resolve(user), /does not name/);
+  });
+
+  it("has unknown groups where its account files cannot be read, and a name then is nobody", () => {
+    assert.deepEqual(resolveImageUser("1234", { passwd, group: undefined }), { uid: 1234, gid: 0, groups: undefined });
+    assert.throws(() => resolveImageUser("app", { passwd: undefined, group }), /no plain file/);
   });
 
   it("is read from a file, never from a link", () => {

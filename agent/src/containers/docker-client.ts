@@ -120,7 +120,9 @@ export function engineError(what: string, error: unknown): EngineError {
   const refusal = refusalOf(error);
   if (refusal === undefined) {
     const text = error instanceof Error ? error.message : String(error);
-    return new EngineError("away", `the container engine does not answer (${text})`, { cause: error });
+    return isBrokenConnection(error)
+      ? new EngineError("away", `the container engine does not answer (${text})`, { cause: error })
+      : new EngineError("failed", `could not ${what}: ${text}`, { cause: error });
   }
   const message = `could not ${what}: ${refusal.message}`;
   // An engine that is being stopped, or that has lost its containerd, answers like this.
@@ -130,6 +132,14 @@ export function engineError(what: string, error: unknown): EngineError {
     return new EngineError("away", message, { cause: error });
   }
   return new EngineError(refusal.status === 404 ? "not_found" : "failed", message, { cause: error });
+}
+
+/** Whether the call failed between us and the engine. Anything else is a mistake, and says nothing of the engine. */
+function isBrokenConnection(error: unknown): boolean {
+  // JSON that was cut off.
+  if (error instanceof SyntaxError) return true;
+  // Of the system, of streams and of the HTTP parser. Node marks what it was called wrongly with as TypeErrors.
+  return error instanceof Error && "code" in error && !(error instanceof TypeError || error instanceof RangeError);
 }
 
 /** The engine's answer, where there was one: status and its own words. */

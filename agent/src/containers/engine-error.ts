@@ -47,9 +47,4 @@ export class EngineError extends Error {
   get reason(): InstanceReason {
     return reasons[this.kind];
   }
-
-  /** Whether the attempt has not failed: the engine was not there to say. */
-  get retryable(): boolean {
-    return this.kind === "away";
-  }
 }

@@ -15,7 +15,7 @@ import { type AttemptKey, type ContainerSettings, containerBody, specDigestLabel
 import { DockerClient, engineError, refusalOf } from "./docker-client.ts";
 import { EngineError } from "./engine-error.ts";
 import { attemptOf, attemptsOf } from "./events.ts";
-import { firstFileOfTar, resolveImageUser } from "./image-user.ts";
+import { ImageUsers } from "./image-users.ts";
 import { Images, type LocalImage } from "./images.ts";
 import { IsolationError, readIsolation } from "./isolation.ts";
 import { InstanceNetworks } from "./networks.ts";
@@ -89,6 +89,7 @@ export class ContainerEngine {
   readonly #images: Images;
   readonly #networks: InstanceNetworks;
   readonly #workspaces: Workspaces;
+  readonly #users: ImageUsers;
   readonly #workspaceFolder: string;
   /** Ids of this node's containers, the latest seen last: also of those that are gone. */
   readonly #seenIds = new Set<string>();
@@ -107,6 +108,7 @@ export class ContainerEngine {
     this.#images = new Images(this.#client, options.registryAuth);
     this.#networks = new InstanceNetworks(this.#client, options.nodeId, options.networkPool ?? defaultNetworkPool);
     this.#workspaces = new Workspaces(options.workspaceFolder);
+    this.#users = new ImageUsers(this.#containers);
     this.#workspaceFolder = options.workspaceFolder;
   }
 
@@ -190,8 +192,8 @@ export class ContainerEngine {
     const body = containerBody(this.#settings, key, generation, spec, image.imageId, workspace);
     const container = await this.#createOrAdopt(key, body, network, signal);
     this.#noteSeen([container.id]);
-    const user = await resolveImageUser(image.user, () => this.#readPasswd(container.id, signal));
-    if (!container.ran) await this.#workspaces.own(key.instanceId, user);
+    if (!container.ran)
+      await this.#workspaces.own(key.instanceId, await this.#users.of(image.imageId, image.user, container.id, signal));
     await network;
     return container;
   }
@@ -408,7 +410,9 @@ export class ContainerEngine {
 
   async #lookCreated(key: AttemptKey, signal: AbortSignal): Promise<CreatedContainer> {
     const container = await this.#containers.get(key, signal);
-    return { id: container.Id, ran: hasRun(container) };
+    const ran = hasRun(container);
+    if (!ran) await this.#users.of(container.Image, container.Config.User, container.Id, signal);
+    return { id: container.Id, ran };
   }
 
   async #start(key: AttemptKey, containerId: string, signal: AbortSignal): Promise<void> {
@@ -449,7 +453,10 @@ export class ContainerEngine {
   async #isolation(key: AttemptKey, container: ContainerInspectInfo, signal: AbortSignal) {
     const { Id: containerId, State: state } = container;
     const uid = await this.#workspaces.ownerUid(key.instanceId);
-    const found = readIsolation({ pid: state.Pid, containerId, uid });
+    // Nothing is known of an image whose container an earlier process of the agent made: by now the files are what the
+    // customer made of them.
+    const groups = this.#users.known(container.Image, container.Config.User)?.groups;
+    const found = readIsolation({ pid: state.Pid, containerId, uid, groups });
     if (found === "ended") return undefined;
     if (found !== "elsewhere") return found;
     // The engine knows whether that number is still the container's.
@@ -457,19 +464,11 @@ export class ContainerEngine {
     if (now?.Id !== containerId || !now.State.Running || now.State.Pid !== state.Pid) return undefined;
     throw new IsolationError(`process ${state.Pid} of the container is not in the container's control group`);
   }
-
-  async #readPasswd(containerId: string, signal: AbortSignal): Promise<string> {
-    const archive = await this.#containers.archive(containerId, "/etc/passwd", signal);
-    const text = archive === undefined ? undefined : firstFileOfTar(archive);
-    if (text === undefined)
-      throw new EngineError("start_failed", "the image's USER is a name, and it has no plain /etc/passwd");
-    return text;
-  }
 }
 
 /** What a refused create or start is to the customer. */
 function startFailure(error: unknown): unknown {
-  if (!(error instanceof EngineError) || error.kind === "away") return error;
+  if (!(error instanceof EngineError) || error.kind === "away" || refusalOf(error) === undefined) return error;
   return new EngineError("start_failed", error.message, { cause: error });
 }
 

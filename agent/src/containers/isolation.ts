@@ -9,6 +9,8 @@ import { join } from "node:path";
 import { create } from "@bufbuild/protobuf";
 import { type Isolation, IsolationSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 
+import type { AllowedGroups } from "./image-user.ts";
+
 /** The isolation is not what it must be. */
 export class IsolationError extends Error {
   override readonly name = "IsolationError";
@@ -21,6 +23,8 @@ export interface IsolationSubject {
   readonly containerId: string;
   /** The user that every process must be; undefined compares nothing. */
   readonly uid: number | undefined;
+  /** The groups that the first process may be in; undefined compares nothing. The others must be in the same. */
+  readonly groups: AllowedGroups | undefined;
 }
 
 const seccompFilterMode = 2;
@@ -48,8 +52,9 @@ export function readIsolation(subject: IsolationSubject): Isolation | "ended" | 
     if (groups === undefined || status === undefined || hasEnded(status)) return "ended";
     if (!isIn(groups, subject.containerId)) return "elsewhere";
     checkStatus(subject, status, subject.pid);
+    checkGroups(subject, status);
     checkNamespaces(first, subject.pid);
-    checkOthers(subject, processGroupOf(groups));
+    checkOthers(subject, processGroupOf(groups), status);
     return create(IsolationSchema, {
       effectiveCapabilities: BigInt(`0x${status.get("CapEff") ?? "0"}`),
       noNewPrivileges: status.get("NoNewPrivs") === "1",
@@ -61,7 +66,7 @@ export function readIsolation(subject: IsolationSubject): Isolation | "ended" | 
   }
 }
 
-function checkOthers(subject: IsolationSubject, group: string): void {
+function checkOthers(subject: IsolationSubject, group: string, first: ReadonlyMap<string, string>): void {
   const checked = new Set<number>([subject.pid]);
   for (let round = 0; round < maxRounds; round += 1) {
     const fresh = processesOf(group).filter((pid) => !checked.has(pid));
@@ -76,6 +81,9 @@ function checkOthers(subject: IsolationSubject, group: string): void {
         // It ended since the list was read, and its number is another process's.
         if (status === undefined || groups === undefined || !isIn(groups, subject.containerId)) continue;
         checkStatus(subject, status, pid);
+        // Nothing in a container without capabilities can change its groups.
+        for (const name of ["Gid", "Groups"])
+          if (!hasEnded(status) && status.get(name) !== first.get(name)) throw unlike(pid, name, status);
       } finally {
         closeSync(descriptor);
       }
@@ -118,8 +126,7 @@ function checkStatus(subject: IsolationSubject, status: ReadonlyMap<string, stri
   // It has neither memory nor rights, and shows no seccomp mode.
   if (hasEnded(status)) return;
   const require = (name: string, holds: boolean): void => {
-    if (holds) return;
-    throw new IsolationError(`process ${pid} of the container has ${name} ${status.get(name) ?? "unknown"}`);
+    if (!holds) throw unlike(pid, name, status);
   };
   for (const name of capabilitySets) require(name, /^0+$/.test(status.get(name) ?? ""));
   require("NoNewPrivs", status.get("NoNewPrivs") === "1");
@@ -127,6 +134,20 @@ function checkStatus(subject: IsolationSubject, status: ReadonlyMap<string, stri
   if (subject.uid === undefined) return;
   const uids = (status.get("Uid") ?? "").split(/\s+/);
   require("Uid", uids.length === 4 && uids.every((uid) => uid === String(subject.uid)));
+}
+
+function checkGroups(subject: IsolationSubject, status: ReadonlyMap<string, string>): void {
+  const numbers = (name: string): number[] => (status.get(name) ?? "").split(/\s+/).filter(Boolean).map(Number);
+  const gids = numbers("Gid");
+  const allowed = subject.groups;
+  const isOne = gids.length === 4 && gids.every((gid) => gid === gids[0]);
+  if (!isOne || !(allowed?.primary.includes(gids[0] ?? -1) ?? true)) throw unlike(subject.pid, "Gid", status);
+  if (allowed === undefined || numbers("Groups").every((gid) => allowed.supplementary.includes(gid))) return;
+  throw unlike(subject.pid, "Groups", status);
+}
+
+function unlike(pid: number, name: string, status: ReadonlyMap<string, string>): IsolationError {
+  return new IsolationError(`process ${pid} of the container has ${name} ${status.get(name) ?? "unknown"}`);
 }
 
 /** Whether the process has ended and was not fetched yet. */

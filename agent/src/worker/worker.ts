@@ -278,8 +278,8 @@ export class Worker {
     } catch (error) {
       if (signal.aborted) return false;
       if (this.#engineMessage === undefined)
-        this.#options.log.warn({ error: messageOf(error) }, "the container engine does not answer");
-      this.#engineMessage = `the container engine does not answer: ${messageOf(error)}`;
+        this.#options.log.warn({ error: messageOf(error) }, "the node's containers cannot be looked at");
+      this.#engineMessage = `the node's containers cannot be looked at: ${messageOf(error)}`;
       return false;
     }
   }
