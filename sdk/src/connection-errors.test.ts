@@ -45,6 +45,8 @@ test("whoever cannot connect is told what to do about it", async () => {
     assert.match(error.message, message);
     assert.equal(error.reason, "UNAVAILABLE");
   }
+  const elsewhere = await failure({ endpoint: `${endpoint}/elsewhere`, ca, apiKey });
+  assert.match(elsewhere.message, /^HTTP 404, answered by something that is not Clodei's public API/u);
   const closed = once(plain, "close");
   plain.close();
   await closed;

@@ -22,8 +22,12 @@ export type Authorize = (headers: Headers) => Promise<void>;
  */
 export function authorizeBy(options: CredentialOptions): Authorize {
   const { apiKey, token, organization } = options;
-  if ((apiKey === undefined) === (token === undefined)) {
-    throw new ClodeiError("unauthenticated", "CREDENTIALS_MISSING", "give either an apiKey or a token function");
+  if (apiKey === undefined && token === undefined) {
+    const message = "give an apiKey, which npm start keeps in .data/keys/organization, or a token function";
+    throw new ClodeiError("unauthenticated", "CREDENTIALS_MISSING", message);
+  }
+  if (apiKey !== undefined && token !== undefined) {
+    throw new ClodeiError("unauthenticated", "CREDENTIALS_MISSING", "give an apiKey or a token function, and not both");
   }
   if (apiKey !== undefined && parseApiKey(apiKey) === undefined) {
     const message = "the API key is mistyped or incomplete: its checksum is wrong. Nothing was sent.";

@@ -164,7 +164,11 @@ export function toClodeiError(error: unknown): ClodeiError {
   const given = info?.reason ?? "";
   const known = isReason(given) ? given : undefined;
   const metadata = { ...info?.metadata, ...(given !== "" && known === undefined ? { reason: given } : {}) };
-  return new ClodeiError(code, known ?? reasonByCode[code] ?? "UNSPECIFIED", connectError.rawMessage, {
+  // What Connect says of an answer that has no error of its protocol.
+  const isForeign = /^HTTP \d{3}$/u.test(connectError.rawMessage);
+  const foreign = "answered by something that is not Clodei's public API, such as a proxy: look at endpoint";
+  const message = isForeign ? `${connectError.rawMessage}, ${foreign}` : connectError.rawMessage;
+  return new ClodeiError(code, known ?? reasonByCode[code] ?? "UNSPECIFIED", message, {
     fieldViolations: connectError
       .findDetails(BadRequestSchema)
       .flatMap((detail) =>
