@@ -54,7 +54,7 @@ export async function pullImage(
     if (silence.signal.aborted) {
       throw new EngineError("pull_failed", `the pull stood still for ${silenceTimeoutMs / 1000} seconds`);
     }
-    throw pullError(error);
+    throw pullError(error, reference);
   } finally {
     clearTimeout(timer);
   }
@@ -124,17 +124,34 @@ class PullRefusal extends Error {
   override readonly name = "PullRefusal";
 }
 
-/** Docker tells failures of a registry apart by words alone: "no credentials" comes as status 500. */
-function pullError(error: unknown): unknown {
+/**
+ * Docker tells failures of a registry apart by words alone: "no credentials" comes as status 500. Its words name this
+ * node's resolver, proxy and addresses: they are kept as the cause, for the node's log, and the customer is told a
+ * sentence of ours.
+ */
+function pullError(error: unknown, { registry, repository, tag, digest }: ImageReference): unknown {
   const cause = error instanceof EngineError ? error.cause : error;
   const refusal = refusalOf(error);
   const text = cause instanceof PullRefusal ? cause.message : refusal?.message;
   if (text === undefined) return error;
+  const image = `${repository}${digest === undefined ? `:${tag ?? "latest"}` : `@${digest}`}`;
   if (refusal?.status === 404 || /manifest unknown|name unknown|repository does not exist|not found: /i.test(text)) {
-    return new EngineError("image_not_found", `no such image: ${text}`, { cause: error });
+    return new EngineError("image_not_found", `${registry} has no image ${image}`, { cause: error });
   }
   if (/unauthorized|authentication required|no basic auth credentials|denied|forbidden/i.test(text)) {
-    return new EngineError("unauthorized", `the registry refuses this node's credentials: ${text}`, { cause: error });
+    const message = `${registry} does not give ${image} to this node: it may not exist, or ask for credentials that the node does not have`;
+    return new EngineError("unauthorized", message, { cause: error });
   }
-  return new EngineError("pull_failed", `the image could not be pulled: ${text}`, { cause: error });
+  const why = pullFailures.find(([words]) => words.test(text))?.[1] ?? "the registry did not give it";
+  return new EngineError("pull_failed", `${image} could not be pulled from ${registry}: ${why}`, { cause: error });
 }
+
+/** What Docker's words mean, the most exact first. */
+const pullFailures: readonly (readonly [RegExp, string])[] = [
+  [/toomanyrequests|too many requests|429/i, "the registry limits how much is pulled, try again later"],
+  [/no space left/i, "the node's disk is full"],
+  [/x509|certificate|tls:/i, "the node does not trust the registry's certificate"],
+  [/unsupported|no matching manifest/i, "it has no version for this node's processor"],
+  [/digest|verification failed|unexpected EOF/i, "what came was damaged"],
+  [/dial |lookup |timeout|refused|no route|unreachable|reset by peer/i, "the node cannot reach the registry"],
+];

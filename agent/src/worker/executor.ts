@@ -109,6 +109,7 @@ export class Executor {
       await this.#run(key, image, container, signal);
     } catch (error) {
       if (!(error instanceof EngineError) || !isFinal(error)) throw error;
+      this.#options.log.debug({ instanceId: key.instanceId, cause: messageOf(error.cause) }, "the engine's own words");
       this.#end(key, { reason: error.reason, message: error.message });
       if (observed(key) === undefined) await this.#dropNetwork(key, network, signal);
     }

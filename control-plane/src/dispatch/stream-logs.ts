@@ -247,5 +247,5 @@ function take(cursor: LogCursor, attempt: number, piece: Exclude<LogPiece, { cas
 }
 
 function notFound(): DomainError {
-  return new DomainError(ErrorReason.NOT_FOUND, "there is no such instance");
+  return new DomainError(ErrorReason.NOT_FOUND, "there is no such instance: ListInstances shows those that there are");
 }

@@ -404,7 +404,7 @@ describe("what is written", () => {
     assert.ok(await get(id));
     await administer("update instances set delete_time = now() - interval '31 days' where id = $1", [id]);
     await fixture.scheduler.purge(signal);
-    await assert.rejects(get(id), /no such instance/);
+    await assert.rejects(get(id), /there is no such instance/);
     const events = await fixture.db.database.system((tx) =>
       tx.query("select 1 from instance_events where instance_id = $1", [id]),
     );

@@ -318,5 +318,8 @@ function readShares(tx: TenantTx, now: Date): Promise<Shares> {
 
 /** The same for what is nowhere and for what is another organization's. */
 function notFound(): never {
-  throw new DomainError(ErrorReason.NOT_FOUND, "no such instance");
+  throw new DomainError(
+    ErrorReason.NOT_FOUND,
+    "there is no such instance: ListInstances shows those that there are, and with show_deleted those that were",
+  );
 }
