@@ -3,7 +3,8 @@ import assert from "node:assert/strict";
 import { create } from "@bufbuild/protobuf";
 import { AttemptPhase, DesiredInstanceSchema, DesiredState } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { InstanceReason } from "@clodei/proto/gen/clodei/v1/instance";
-import { newId } from "@clodei/proto/ids";
+import { type InstanceId, newId } from "@clodei/proto/ids";
+import { maxPendingEntries } from "../../agent/src/journal/journal.ts";
 import { importBusybox } from "../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
 import { callEngine } from "../../tools/engine/api.ts";
@@ -317,6 +318,28 @@ describe("the worker on a real engine", { skip: engineUnavailable ?? false, time
     await node.reported(old, ENDED);
     node.desire();
     await node.reported(old, REMOVED);
+  });
+
+  it("does not let ever new instances fill its journal", async () => {
+    await using node = await TestNode.start(engine.socketPath);
+    await eventually(10_000, () => assert.ok(node.worker.acceptance().accepting));
+    const flood = (count: number) =>
+      Array.from({ length: count }, () => wanted(newId("ins"), "true", { state: DesiredState.STOPPED }));
+    const statuses = flood(maxPendingEntries - 10).map(({ instanceId }) => ({
+      ...{ instanceId, attempt: 1, phase: ENDED, reason: InstanceReason.UNSPECIFIED },
+      ...{ message: "", imageDigest: "", imageId: "" },
+    }));
+    node.journal.write({ statuses });
+    const last = flood(200);
+    for (let round = 0; round < 3; round++) node.desire(...flood(500));
+    node.desire(...last);
+    await eventually(20_000, () => assert.match(node.worker.acceptance().message, /journal is full/));
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+    // Steps that were under way when it became full.
+    const most = maxPendingEntries + 64;
+    assert.ok(node.journal.pendingCount() <= most, `${node.journal.pendingCount()} entries wait`);
+    node.journal.acknowledge(node.journal.lastSequence);
+    for (const { instanceId } of last.slice(-1)) await node.reported(instanceId as InstanceId, ENDED);
   });
 
   it("removes containers of its own that no desired set knows, and touches nobody else's", async () => {

@@ -42,8 +42,9 @@ export class JournalError extends Error {
 }
 
 /**
- * From so many entries on the node takes no new work. What runs still reports its end: repeated progress and usage
- * take no new rows while nobody listens, so there is an end to that too.
+ * From so many entries on the node takes no new work, and no attempt that it has not heard of, not even to say that it
+ * is over. What it knows still reports its end: repeated progress and usage take no new rows while nobody listens, so
+ * there is an end to that too.
  */
 export const maxPendingEntries = 100_000;
 

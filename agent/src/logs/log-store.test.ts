@@ -13,7 +13,7 @@ import { importBusybox } from "../../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../../tools/engine/private-engine.ts";
 import type { AttemptKey } from "../containers/container-body.ts";
 import { ContainerEngine } from "../containers/engine.ts";
-import { LogsNotFoundError, LogStore } from "./log-store.ts";
+import { LogsNotFoundError, LogStore, maxAttemptsPerInstance } from "./log-store.ts";
 import type { LogEvent, LogRequest } from "./spool-reader.ts";
 
 const image = "docker.io/library/busybox:latest";
@@ -230,6 +230,25 @@ describe("logs of real containers", { skip: engineUnavailable }, () => {
     assert.equal((await readAll(logs, never)).ended, false);
     await logs.collect(never, signal);
     assert.equal((await readAll(logs, never)).ended, true);
+  });
+
+  it("keeps the newest attempts of an instance that is started again and again", async () => {
+    const logs = store();
+    const instanceId = newId("ins");
+    const attempts = Array.from({ length: maxAttemptsPerInstance + 3 }, (_, index) => index + 1);
+    await logs.expect({ instanceId, attempt: 1 });
+    const reader = logs.read({ instanceId, attempt: 1 }, { follow: true }, signal);
+    const waits = reader.next();
+    for (const attempt of attempts.slice(1)) await logs.finish({ instanceId, attempt });
+    assert.equal((await waits).done, true, "a reader of an attempt that is dropped is let go");
+    const kept = (await readdir(join(folder, "logs", instanceId))).map(Number).toSorted((a, b) => a - b);
+    assert.deepEqual(kept, attempts.slice(-maxAttemptsPerInstance));
+    await assert.rejects(readAll(logs, { instanceId, attempt: 3 }), LogsNotFoundError);
+    assert.equal((await readAll(logs, { instanceId, attempt: 4 })).ended, true);
+    // One that is opened late stays as long as it is the last that was opened.
+    await logs.finish({ instanceId, attempt: 2 });
+    assert.equal((await readAll(logs, { instanceId, attempt: 2 })).ended, true);
+    await logs.remove(instanceId);
   });
 
   it("removes an instance's logs and lets its readers go", async () => {

@@ -11,6 +11,8 @@ import { EngineOutput } from "./engine-output.ts";
 import { Spool } from "./spool.ts";
 import { type LogEvent, type LogRequest, readSpool } from "./spool-reader.ts";
 
+/** So many attempts of an instance are kept, the newest: an instance that restarts for ever must not fill the disk. */
+export const maxAttemptsPerInstance = 8;
 /** What comes within this time is written as one block: blocks have a header each. Readers see output so much later. */
 const gatherMs = 20;
 /** Files are looked at so often where the kernel tells nothing about them: before the container's start. */
@@ -149,7 +151,7 @@ export class LogStore {
     const path = this.#path(key);
     let entry = this.#open.get(path);
     if (entry === undefined) {
-      entry = { spool: this.#openSpool(path), users: 0 };
+      entry = { spool: this.#openSpool(key), users: 0 };
       this.#open.set(path, entry);
     }
     entry.users += 1;
@@ -161,9 +163,25 @@ export class LogStore {
     }
   }
 
-  async #openSpool(path: string): Promise<Spool> {
+  async #openSpool(key: AttemptKey): Promise<Spool> {
     await mkdir(this.#folder, { recursive: true, mode: 0o700 });
-    return Spool.open(path, this.#maxBytes);
+    const spool = await Spool.open(this.#path(key), this.#maxBytes);
+    await this.#dropOldAttempts(key);
+    return spool;
+  }
+
+  /** Removes the instance's oldest attempts, but not the one that is being opened. Their readers are let go. */
+  async #dropOldAttempts({ instanceId, attempt }: AttemptKey): Promise<void> {
+    const names = await readdir(join(this.#folder, instanceId));
+    const attempts = names.map(Number).filter((name) => Number.isSafeInteger(name));
+    const old = attempts.toSorted((left, right) => right - left).slice(maxAttemptsPerInstance);
+    for (const other of old) {
+      if (other === attempt) continue;
+      const path = this.#path({ instanceId, attempt: other });
+      const spool = await this.#open.get(path)?.spool;
+      if (spool === undefined) await rm(path, { recursive: true, force: true, maxRetries: 3 });
+      else await spool.remove();
+    }
   }
 
   async #release(key: AttemptKey): Promise<void> {

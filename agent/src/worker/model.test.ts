@@ -66,6 +66,7 @@ function situation(part: Partial<Situation> & { wanted?: Partial<DesiredAttempt>
     leftovers: new Set(),
     keepsUnnamed: false,
     capacity,
+    journalFull: false,
     mode: "normal",
     nowMs: 1000,
     ...part,
@@ -207,6 +208,21 @@ describe("the plan of one instance", () => {
     );
   });
 
+  it("takes up no attempt that it has not heard of while the journal is full, and ends what it knows", () => {
+    const full = { journalFull: true, mode: "no_new_work" as const };
+    assert.equal(only(situation({ ...full, wanted: { state: "stopped" } })), undefined);
+    assert.equal(only(situation({ ...full, wanted: { state: "removed" } })), undefined);
+    const ended = [memory({ phase: "ended" })];
+    assert.equal(only(situation({ ...full, wanted: { state: "removed", attempt: 2 }, remembered: ended })), undefined);
+    assert.equal(
+      only(situation({ ...full, wanted: { state: "removed" }, remembered: ended }))?.kind,
+      "remove_instance",
+    );
+    assert.equal(only(situation({ ...full, remembered: ended }))?.kind, "remove_instance");
+    const running = { ...full, observed: [container("running")], remembered: [memory()] };
+    assert.equal(only(situation({ ...running, wanted: { state: "stopped" } }))?.kind, "stop");
+  });
+
   it("stops everything in order after a revocation and keeps workspaces", () => {
     assert.equal(
       only(situation({ wanted: {}, mode: "revoked", observed: [container("running")], remembered: [memory()] }))?.kind,
@@ -340,6 +356,7 @@ class World {
       leftovers: this.leftovers,
       keepsUnnamed: false,
       capacity,
+      journalFull: false,
       mode: this.mode,
       nowMs: this.nowMs,
     };

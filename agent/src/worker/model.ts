@@ -71,6 +71,8 @@ export interface Situation {
   /** Whether workspace and logs stay of an instance that the desired set does not name: the set is older than one seen. */
   readonly keepsUnnamed: boolean;
   readonly capacity: Capacity;
+  /** Whether so many reports wait that no attempt is taken up of which nobody here has heard. */
+  readonly journalFull: boolean;
   readonly mode: WorkMode;
   readonly nowMs: number;
 }
@@ -187,6 +189,8 @@ function nextStep(view: InstanceView, situation: Situation, holdings: Holdings):
   }
   if (wanted !== undefined) return stepToRun(view, wanted, situation, holdings);
   if (situation.mode === "revoked" || (view.wanted === undefined && situation.keepsUnnamed)) return undefined;
+  if (situation.journalFull && view.wanted !== undefined && memoryOf(view, view.wanted.attempt) === undefined)
+    return undefined;
   return stepWithoutContainer(view);
 }
 

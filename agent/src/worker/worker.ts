@@ -186,9 +186,7 @@ export class Worker {
       this.#diskMessage,
       this.#setMessage,
       journal.failure === undefined ? undefined : `the journal cannot be written: ${journal.failure}`,
-      journal.pendingCount() < maxPendingEntries
-        ? undefined
-        : "the journal is full of reports that nobody acknowledged",
+      this.#isJournalFull() ? "the journal is full of reports that nobody acknowledged" : undefined,
     ].filter((reason) => reason !== undefined);
     return { accepting: reasons.length === 0, message: reasons.join("; ").slice(0, 512) };
   }
@@ -310,9 +308,14 @@ export class Worker {
       leftovers,
       keepsUnnamed: this.#keepsUnnamed,
       capacity: this.#options.judge.capacity(),
+      journalFull: this.#isJournalFull(),
       mode: this.#mode(),
       nowMs,
     };
+  }
+
+  #isJournalFull(): boolean {
+    return this.#options.journal.pendingCount() >= maxPendingEntries;
   }
 
   #mode(): WorkMode {
