@@ -16,7 +16,8 @@ import type { PrivateEngine } from "../../../tools/engine/private-engine.ts";
 import { runTool } from "../../../tools/engine/shell.ts";
 import { type AttemptKey, networkName } from "./container-body.ts";
 import { EngineError, type EngineErrorKind } from "./engine-error.ts";
-import { ContainerEngine, type ContainerEngineOptions, type StartedContainer } from "./engine.ts";
+import { ContainerEngine, type ContainerEngineOptions } from "./engine.ts";
+import type { StartedContainer } from "./read-back.ts";
 
 const image = "docker.io/library/busybox:latest";
 const signal = new AbortController().signal;

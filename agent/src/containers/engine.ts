@@ -5,23 +5,23 @@ import { constants, readFileSync } from "node:fs";
 import { access } from "node:fs/promises";
 import { join } from "node:path";
 import type { Readable } from "node:stream";
-import type { ContainerSpec, Isolation } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import type { ContainerSpec } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { PullPolicy } from "@clodei/proto/gen/clodei/v1/instance";
 import { type InstanceId, type NodeId, parseId } from "@clodei/proto/ids";
 import { containerLabels, containerName } from "@clodei/proto/node-link";
 import type { ContainerInspectInfo } from "dockerode";
-import type Docker from "dockerode";
-import { type AttemptKey, type ContainerSettings, containerBody, specDigestLabel } from "./container-body.ts";
+import { type AttemptKey, type ContainerSettings, containerBody } from "./container-body.ts";
+import { ContainerCreation, type CreatedContainer, startFailure } from "./container-creation.ts";
 import { DockerClient, engineError, refusalOf } from "./docker-client.ts";
 import { EngineError } from "./engine-error.ts";
 import { attemptOf, attemptsOf } from "./events.ts";
 import { ImageUsers } from "./image-users.ts";
 import { Images, type LocalImage } from "./images.ts";
-import { IsolationError, readIsolation } from "./isolation.ts";
 import { InstanceNetworks } from "./networks.ts";
 import { NodeContainers, unless } from "./node-containers.ts";
-import { hasRun, type ObservedContainer, observedContainer, timeOf } from "./observed.ts";
+import { hasRun, type ObservedContainer, observedContainer } from "./observed.ts";
 import type { PullBytes } from "./pull.ts";
+import { ReadBack, type StartedContainer } from "./read-back.ts";
 import type { RegistryAuth } from "./registry-auth.ts";
 import { clearStart, shimsOfNode, type StartTrace, traceOfStart } from "./start-trace.ts";
 import { Workspaces } from "./workspace.ts";
@@ -61,20 +61,6 @@ export interface EngineInfo {
   readonly appArmor: boolean;
 }
 
-/** A container that was created. */
-export interface CreatedContainer {
-  readonly id: string;
-  /** Whether it was there already, and had been started. */
-  readonly ran: boolean;
-}
-
-/** A container that was started. */
-export interface StartedContainer {
-  readonly startTime: Date;
-  /** What the kernel applies; undefined when the process had ended before it could be read. */
-  readonly isolation: Isolation | undefined;
-}
-
 /** Where the engine writes a container's output. */
 export interface LogSource {
   readonly containerId: string;
@@ -90,6 +76,8 @@ export class ContainerEngine {
   readonly #networks: InstanceNetworks;
   readonly #workspaces: Workspaces;
   readonly #users: ImageUsers;
+  readonly #creation: ContainerCreation;
+  readonly #readBack: ReadBack;
   readonly #workspaceFolder: string;
   /** Ids of this node's containers, the latest seen last: also of those that are gone. */
   readonly #seenIds = new Set<string>();
@@ -109,6 +97,8 @@ export class ContainerEngine {
     this.#networks = new InstanceNetworks(this.#client, options.nodeId, options.networkPool ?? defaultNetworkPool);
     this.#workspaces = new Workspaces(options.workspaceFolder);
     this.#users = new ImageUsers(this.#containers);
+    this.#creation = new ContainerCreation(this.#containers);
+    this.#readBack = new ReadBack(this.#containers, this.#workspaces, this.#users);
     this.#workspaceFolder = options.workspaceFolder;
   }
 
@@ -190,7 +180,7 @@ export class ContainerEngine {
   ): Promise<CreatedContainer> {
     const workspace = await this.#workspaces.ensure(key.instanceId);
     const body = containerBody(this.#settings, key, generation, spec, image.imageId, workspace);
-    const container = await this.#createOrAdopt(key, body, network, signal);
+    const container = await this.#creation.createOrAdopt(key, body, network, signal);
     this.#noteSeen([container.id]);
     if (!container.ran)
       await this.#workspaces.own(key.instanceId, await this.#users.of(image.imageId, image.user, container.id, signal));
@@ -207,7 +197,7 @@ export class ContainerEngine {
   async start(key: AttemptKey, signal: AbortSignal, created?: CreatedContainer): Promise<StartedContainer> {
     const { id, ran } = created ?? (await this.#lookCreated(key, signal));
     if (!ran) await this.#start(key, id, signal);
-    return this.#started(key, await this.#containers.get(key, signal), signal);
+    return this.#readBack.read(key, await this.#containers.get(key, signal), signal);
   }
 
   /** What became of a start that was cut off, of a container that the engine never started as far as it knows. */
@@ -227,7 +217,7 @@ export class ContainerEngine {
   async adopt(key: AttemptKey, signal: AbortSignal): Promise<StartedContainer> {
     const container = await this.#containers.get(key, signal);
     if (!hasRun(container)) throw new EngineError("not_found", "the container was never started");
-    return this.#started(key, container, signal);
+    return this.#readBack.read(key, container, signal);
   }
 
   /** Ends the container's process: SIGTERM, and SIGKILL after the grace. One that is not there or has ended is fine. */
@@ -362,52 +352,6 @@ export class ContainerEngine {
     return container;
   }
 
-  async #createOrAdopt(
-    key: AttemptKey,
-    body: Docker.ContainerCreateOptions,
-    network: Promise<void>,
-    signal: AbortSignal,
-  ): Promise<CreatedContainer> {
-    const name = containerName(key.instanceId, key.attempt);
-    // Twice at most: the second time after a container of another specification was taken away.
-    for (;;) {
-      try {
-        return { id: await this.#createContainer(body, network, signal), ran: false };
-      } catch (error) {
-        if (refusalOf(error)?.status !== 409) throw startFailure(error);
-      }
-      const found = await this.#containers.inspect(name, signal);
-      if (found === undefined) continue;
-      if (!this.#containers.belongsTo(found, key)) {
-        throw new EngineError("failed", `a container named ${name} is there that this node did not create`);
-      }
-      if (found.Config.Labels[specDigestLabel] === body.Labels?.[specDigestLabel])
-        return { id: found.Id, ran: hasRun(found) };
-      if (hasRun(found)) throw new EngineError("policy", `${name} was started with another specification`);
-      await this.#containers.remove(found.Id, signal);
-    }
-  }
-
-  async #createContainer(
-    body: Docker.ContainerCreateOptions,
-    network: Promise<void>,
-    signal: AbortSignal,
-  ): Promise<string> {
-    const create = () =>
-      this.#containers.change("create the container", signal, 0, (docker, abortSignal) =>
-        docker.createContainer({ ...body, abortSignal }),
-      );
-    try {
-      // The network is made meanwhile: it is looked for only at the start.
-      return (await create()).id;
-    } catch (error) {
-      if (!/network .* not found/i.test(refusalOf(error)?.message ?? "")) throw error;
-      // An engine that looks for it sooner.
-      await network;
-      return (await create()).id;
-    }
-  }
-
   async #lookCreated(key: AttemptKey, signal: AbortSignal): Promise<CreatedContainer> {
     const container = await this.#containers.get(key, signal);
     const ran = hasRun(container);
@@ -432,44 +376,6 @@ export class ContainerEngine {
       });
     }
   }
-
-  async #started(key: AttemptKey, container: ContainerInspectInfo, signal: AbortSignal): Promise<StartedContainer> {
-    const startTime = timeOf(container.State.StartedAt) ?? new Date();
-    if (!container.State.Running) return { startTime, isolation: undefined };
-    try {
-      return { startTime, isolation: await this.#isolation(key, container, signal) };
-    } catch (error) {
-      if (!(error instanceof IsolationError)) throw error;
-      await this.#containers
-        .change("kill the container", signal, 0, async (docker, abortSignal) => {
-          await docker.getContainer(container.Id).kill({ abortSignal });
-        })
-        .catch(unless(404, 409));
-      throw new EngineError("policy", error.message, { cause: error });
-    }
-  }
-
-  /** Undefined when the process had ended. Throws IsolationError. */
-  async #isolation(key: AttemptKey, container: ContainerInspectInfo, signal: AbortSignal) {
-    const { Id: containerId, State: state } = container;
-    const uid = await this.#workspaces.ownerUid(key.instanceId);
-    // Nothing is known of an image whose container an earlier process of the agent made: by now the files are what the
-    // customer made of them.
-    const groups = this.#users.known(container.Image, container.Config.User)?.groups;
-    const found = readIsolation({ pid: state.Pid, containerId, uid, groups });
-    if (found === "ended") return undefined;
-    if (found !== "elsewhere") return found;
-    // The engine knows whether that number is still the container's.
-    const now = await this.#containers.find(key, signal);
-    if (now?.Id !== containerId || !now.State.Running || now.State.Pid !== state.Pid) return undefined;
-    throw new IsolationError(`process ${state.Pid} of the container is not in the container's control group`);
-  }
-}
-
-/** What a refused create or start is to the customer. */
-function startFailure(error: unknown): unknown {
-  if (!(error instanceof EngineError) || error.kind === "away" || refusalOf(error) === undefined) return error;
-  return new EngineError("start_failed", error.message, { cause: error });
 }
 
 function ownOpenFilesLimit(): number {

@@ -1,0 +1,78 @@
+// Creates containers so that it can be repeated after a crash anywhere: a container's name follows from instance and
+// attempt, so a second create finds the first one's work and takes it up where it is what is asked for now.
+import { containerName } from "@clodei/proto/node-link";
+import type Docker from "dockerode";
+import { type AttemptKey, specDigestLabel } from "./container-body.ts";
+import { refusalOf } from "./docker-client.ts";
+import { EngineError } from "./engine-error.ts";
+import type { NodeContainers } from "./node-containers.ts";
+import { hasRun } from "./observed.ts";
+
+/** A container that was created. */
+export interface CreatedContainer {
+  readonly id: string;
+  /** Whether it was there already, and had been started. */
+  readonly ran: boolean;
+}
+
+/** Creates the containers of a node. */
+export class ContainerCreation {
+  readonly #containers: NodeContainers;
+
+  constructor(containers: NodeContainers) {
+    this.#containers = containers;
+  }
+
+  /**
+   * Creates an attempt's container, or takes up the one that is there. Throws EngineError: start_failed, policy.
+   *
+   * @param network Is being made meanwhile.
+   */
+  async createOrAdopt(
+    key: AttemptKey,
+    body: Docker.ContainerCreateOptions,
+    network: Promise<void>,
+    signal: AbortSignal,
+  ): Promise<CreatedContainer> {
+    const name = containerName(key.instanceId, key.attempt);
+    // Twice at most: the second time after a container of another specification was taken away.
+    for (;;) {
+      try {
+        return { id: await this.#create(body, network, signal), ran: false };
+      } catch (error) {
+        if (refusalOf(error)?.status !== 409) throw startFailure(error);
+      }
+      const found = await this.#containers.inspect(name, signal);
+      if (found === undefined) continue;
+      if (!this.#containers.belongsTo(found, key)) {
+        throw new EngineError("failed", `a container named ${name} is there that this node did not create`);
+      }
+      if (found.Config.Labels[specDigestLabel] === body.Labels?.[specDigestLabel])
+        return { id: found.Id, ran: hasRun(found) };
+      if (hasRun(found)) throw new EngineError("policy", `${name} was started with another specification`);
+      await this.#containers.remove(found.Id, signal);
+    }
+  }
+
+  async #create(body: Docker.ContainerCreateOptions, network: Promise<void>, signal: AbortSignal): Promise<string> {
+    const create = () =>
+      this.#containers.change("create the container", signal, 0, (docker, abortSignal) =>
+        docker.createContainer({ ...body, abortSignal }),
+      );
+    try {
+      // The network is made meanwhile: it is looked for only at the start.
+      return (await create()).id;
+    } catch (error) {
+      if (!/network .* not found/i.test(refusalOf(error)?.message ?? "")) throw error;
+      // An engine that looks for it sooner.
+      await network;
+      return (await create()).id;
+    }
+  }
+}
+
+/** What a refused create or start is to the customer. */
+export function startFailure(error: unknown): unknown {
+  if (!(error instanceof EngineError) || error.kind === "away" || refusalOf(error) === undefined) return error;
+  return new EngineError("start_failed", error.message, { cause: error });
+}
