@@ -28,6 +28,8 @@ export interface IsolationSubject {
 }
 
 const seccompFilterMode = 2;
+/** PF_EXITING, in the flags of /proc/PID/stat. */
+const exitingFlag = 0x4;
 /** How often new processes are looked for. A container that forks without end shows different ones for ever. */
 const maxRounds = 3;
 const capabilitySets = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] as const;
@@ -50,7 +52,8 @@ export function readIsolation(subject: IsolationSubject): Isolation | "ended" | 
     const status = readStatus(first);
     // One that ended and was not fetched yet shows what is left of it, which is not what it ran with.
     if (groups === undefined || status === undefined || hasEnded(status)) return "ended";
-    if (!isIn(groups, subject.containerId)) return "elsewhere";
+    // On version 1 the kernel shows one that is ending in the root group, from before it is a zombie.
+    if (!isIn(groups, subject.containerId)) return isEnding(first) ? "ended" : "elsewhere";
     checkStatus(subject, status, subject.pid);
     checkGroups(subject, status);
     checkNamespaces(first, subject.pid);
@@ -148,6 +151,15 @@ function checkGroups(subject: IsolationSubject, status: ReadonlyMap<string, stri
 
 function unlike(pid: number, name: string, status: ReadonlyMap<string, string>): IsolationError {
   return new IsolationError(`process ${pid} of the container has ${name} ${status.get(name) ?? "unknown"}`);
+}
+
+/** Whether the process is on its way to its end, or past it. */
+function isEnding(descriptor: number): boolean {
+  const stat = readProcess(descriptor, "stat");
+  if (stat === undefined) return true;
+  // The name may hold anything, parentheses too; the flags are the seventh field after it.
+  const flags = Number(stat.slice(stat.lastIndexOf(")") + 2).split(" ")[6]);
+  return (flags & exitingFlag) !== 0;
 }
 
 /** Whether the process has ended and was not fetched yet. */
