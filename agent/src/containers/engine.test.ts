@@ -281,16 +281,28 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
     }
   });
 
-  it("kills a container whose process left its control group", async () => {
-    for (const controller of ["pids", "memory"]) {
-      const key = await run(spec("sleep 100"));
-      const pid = String((await observe(key))?.pid);
-      const text = await readFile(`/proc/${pid}/cgroup`, "latin1");
-      const mounts = await readFile("/proc/self/mountinfo", "latin1");
-      const isFirstVersion = new RegExp(`^\\d+:(\\S+,)?${controller}(,\\S+)?:`, "m").test(text);
+  it("kills a container of which a process left its control groups", async () => {
+    const [groups, mounts] = await Promise.all([
+      readFile("/proc/self/cgroup", "latin1"),
+      readFile("/proc/self/mountinfo", "latin1"),
+    ]);
+    for (const [controller, which] of [
+      ["pids", "first"],
+      ["memory", "first"],
+      ["memory", "second"],
+    ] as const) {
+      const isFirstVersion = new RegExp(`^\\d+:(\\S+,)?${controller}(,\\S+)?:`, "m").test(groups);
+      // On version 2 there is one group for all, and who left it is nobody's.
+      if (which === "second" && !isFirstVersion) continue;
       const type = isFirstVersion ? `cgroup \\S+ (\\S+,)?${controller}(,|$)` : "cgroup2 ";
       const [, mount = ""] = new RegExp(`^(?:\\S+ ){4}(\\S+) .* - ${type}`, "m").exec(mounts) ?? [];
-      await writeFile(join(mount, "cgroup.procs"), pid);
+      const key = await run(spec("sleep 100 & wait"));
+      const first = (await observe(key))?.pid;
+      const second = await eventually(5000, async () => {
+        const found = (await processesOf(key.id)).find((pid) => pid !== first);
+        return found ?? assert.fail("the second process is not there yet");
+      });
+      await writeFile(join(mount, "cgroup.procs"), String(which === "first" ? first : second));
       await assert.rejects(containers.adopt(key, signal), fails("policy", /not in the container's control group/));
       assert.equal((await ended(key)).exitCode, 137);
       await containers.remove(key, signal);

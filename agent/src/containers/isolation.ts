@@ -81,12 +81,13 @@ function checkOthers(subject: IsolationSubject, group: string, first: ReadonlyMa
       try {
         const status = readStatus(descriptor);
         const groups = controlGroupsOf(descriptor);
+        if (status === undefined || groups === undefined || isEnding(descriptor)) continue;
         // It ended since the list was read, and its number is another process's.
-        if (status === undefined || groups === undefined || !isIn(groups, subject.containerId)) continue;
+        if (!processGroupOf(groups).includes(subject.containerId)) continue;
+        if (!isIn(groups, subject.containerId)) throw astray(pid);
         checkStatus(subject, status, pid);
         // Nothing in a container without capabilities can change its groups.
-        for (const name of ["Gid", "Groups"])
-          if (!hasEnded(status) && status.get(name) !== first.get(name)) throw unlike(pid, name, status);
+        for (const name of ["Gid", "Groups"]) if (status.get(name) !== first.get(name)) throw unlike(pid, name, status);
       } finally {
         closeSync(descriptor);
       }
@@ -151,6 +152,11 @@ function checkGroups(subject: IsolationSubject, status: ReadonlyMap<string, stri
 
 function unlike(pid: number, name: string, status: ReadonlyMap<string, string>): IsolationError {
   return new IsolationError(`process ${pid} of the container has ${name} ${status.get(name) ?? "unknown"}`);
+}
+
+/** A process for which the container's limits do not hold. */
+export function astray(pid: number): IsolationError {
+  return new IsolationError(`process ${pid} of the container is not in the container's control group`);
 }
 
 /** Whether the process is on its way to its end, or past it. */

@@ -4,7 +4,7 @@ import type { ContainerInspectInfo } from "dockerode";
 import type { AttemptKey } from "./container-body.ts";
 import { EngineError } from "./engine-error.ts";
 import type { ImageUsers } from "./image-users.ts";
-import { IsolationError, readIsolation } from "./isolation.ts";
+import { astray, IsolationError, readIsolation } from "./isolation.ts";
 import { type NodeContainers, unless } from "./node-containers.ts";
 import { timeOf } from "./observed.ts";
 import type { Workspaces } from "./workspace.ts";
@@ -61,6 +61,6 @@ export class ReadBack {
     // The engine knows whether that number is still the container's.
     const now = await this.#containers.find(key, signal);
     if (now?.Id !== containerId || !now.State.Running || now.State.Pid !== state.Pid) return undefined;
-    throw new IsolationError(`process ${state.Pid} of the container is not in the container's control group`);
+    throw astray(state.Pid);
   }
 }
