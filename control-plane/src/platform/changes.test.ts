@@ -12,7 +12,8 @@ import {
   readChanges,
   recordChange,
 } from "./changes.ts";
-import type { TenantTx } from "./database.ts";
+import { decodeCursor, encodeCursor, maxCursorLength } from "./change-cursor.ts";
+import { Database, type TenantTx } from "./database.ts";
 import { DomainError } from "./errors.ts";
 import { startTestDatabase, type TestDatabase } from "./test-database.ts";
 
@@ -223,26 +224,91 @@ describe("the change feed", () => {
 
   test("a cursor that is not of this database, or forged, is refused and never reaches a cast", async () => {
     const organizationId = newId("org");
-    const encode = (parts: unknown[]): string => Buffer.from(JSON.stringify(parts)).toString("base64url");
-    const [, databaseId = "", from = ""] = JSON.parse(
-      Buffer.from(await start(organizationId), "base64url").toString(),
-    ) as string[];
+    const cursor = await start(organizationId);
+    const other = decodeCursor(cursor);
+    assert.ok(other);
     const forged = [
       "",
       "x",
-      encode([]),
-      encode([1, databaseId, "1:1", "", "0"]),
-      encode([1, databaseId, "5:3:", "", "0"]),
-      encode([1, databaseId, "3:5:9", "", "0"]),
-      encode([1, databaseId, "99999999999999999999:99999999999999999999:", "", "0"]),
-      encode([1, databaseId, from, "", "-1"]),
-      encode([1, "00000000-0000-0000-0000-000000000000", from, "", "0"]),
-      "A".repeat(5_000),
+      Buffer.from(JSON.stringify([1, other.databaseId, other.from, "", "0"])).toString("base64url"),
+      cursor.slice(0, -2),
+      `${cursor}AA`,
+      encodeCursor({ ...other, databaseId: "00000000-0000-0000-0000-000000000000" }),
+      encodeCursor({ ...other, from: "0:5:" }),
+      encodeCursor({ ...other, from: "3:5:5" }),
+      encodeCursor({ ...other, from: `5:${2n ** 63n}:` }),
+      encodeCursor({ ...other, revision: 2n ** 63n }),
+      "A".repeat(40_000),
     ];
     for (const cursor of forged) {
       await assert.rejects(read(organizationId, cursor), isReason(ErrorReason.CURSOR_INVALID), cursor.slice(0, 80));
     }
   });
+
+  test("a cursor of thousands of writers at work is one that is accepted", async () => {
+    const organizationId = newId("org");
+    const position = decodeCursor(await start(organizationId));
+    assert.ok(position);
+    // The database of a test has a hundred connections: the snapshot is made up, and PostgreSQL reads it as its own.
+    const xids = Array.from({ length: 5_000 }, (_, index) => 4_000_000_000n + BigInt(index * 1_000));
+    const busy = `4000000000:4009000000:${xids.join(",")}`;
+    const cursor = encodeCursor({ ...position, from: busy, to: busy, revision: 2n ** 62n });
+    assert.ok(cursor.length <= maxCursorLength, `${cursor.length} characters`);
+    assert.equal(decodeCursor(cursor)?.to, busy);
+    assert.deepEqual((await read(organizationId, cursor)).changes, []);
+  });
+
+  test("a cursor comes back as it went out, whatever writers were at work", async () => {
+    const writers = 40;
+    const begun = Array.from({ length: writers }, () => Promise.withResolvers<void>());
+    const mayEnd = Promise.withResolvers<void>();
+    const organizationId = newId("org");
+    await using busy = new Database({ ...db.server, maxConnectionsPerPool: writers, log: db.log });
+    const working = begun.map((one, index) =>
+      busy.tenant(organizationId, async (tx) => {
+        await record(tx, `s${index}`, String(index));
+        one.resolve();
+        await mayEnd.promise;
+      }),
+    );
+    await Promise.all(begun.map(({ promise }) => promise));
+    // One that is done after them: a snapshot names who was at work before the newest that was done.
+    await write(newId("org"), "s", "");
+    const cursor = await start(organizationId);
+    mayEnd.resolve();
+    await Promise.all(working);
+    const position = decodeCursor(cursor);
+    assert.ok(position);
+    assert.equal(position.from.split(",").length, writers);
+    assert.equal(encodeCursor(position), cursor);
+    assert.ok(cursor.length < 160, cursor);
+    const { seen } = await drain(organizationId, cursor, 7);
+    assert.deepEqual(
+      seen.toSorted((a, b) => Number(a) - Number(b)),
+      working.map((_, index) => String(index)),
+    );
+  });
+
+  test("whatever a cursor is changed to is refused, or a snapshot that PostgreSQL takes", async () => {
+    const position = { databaseId: newUuid, from: "700:9000:700,701,850,8999", to: "800:9000:", revision: 77n };
+    const bytes = Buffer.from(encodeCursor(position), "base64url");
+    const accepted = new Set<string>();
+    fc.assert(
+      fc.property(fc.array(fc.tuple(fc.nat(bytes.length - 1), fc.nat(255)), { maxLength: 4 }), (changes) => {
+        const forged = Buffer.from(bytes);
+        for (const [at, value] of changes) forged[at] = value;
+        const decoded = decodeCursor(forged.toString("base64url"));
+        for (const snapshot of [decoded?.from, decoded?.to]) if (snapshot !== undefined) accepted.add(snapshot);
+      }),
+      { numRuns: 500 },
+    );
+    assert.ok(accepted.size > 10);
+    for (const snapshot of accepted) {
+      await db.database.system((tx) => tx.query("select $1::pg_snapshot", [snapshot]));
+    }
+  });
+
+  const newUuid = "8d1c2f9e-6a57-4a3e-9f1d-0c5b7e2a4f60";
 
   function isReason(reason: ErrorReason): (error: unknown) => boolean {
     return (error) => error instanceof DomainError && error.reason === reason;

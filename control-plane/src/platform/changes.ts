@@ -4,6 +4,7 @@
 // because writers of a subject follow each other under its row lock.
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import type { OrganizationId } from "@clodei/proto/ids";
+import { decodeCursor, encodeCursor, type Position } from "./change-cursor.ts";
 import type { Database, SystemTx, TenantTx, Tx } from "./database.ts";
 import { DomainError } from "./errors.ts";
 
@@ -50,10 +51,6 @@ const maxPrunedAtOnce = 20_000;
 const maxBatch = 1_000;
 const maxBatchBytes = 1024 * 1024;
 
-const cursorVersion = 1;
-const maxCursorLength = 4_096;
-const snapshotShape = /^\d{1,20}:\d{1,20}:(\d{1,20}(,\d{1,20})*)?$/;
-
 /** Records a change, in the transaction that makes it and after the row that it is about was written. */
 export async function recordChange(tx: TenantTx | SystemTx, change: NewChange): Promise<void> {
   await tx.execute("insert into changes (organization_id, kind, subject_id, payload) values ($1, $2, $3, $4)", [
@@ -88,6 +85,7 @@ export async function readChanges(
   limit: number,
 ): Promise<ChangeBatch> {
   const position = decodeCursor(cursor);
+  if (position === undefined) throw cursorInvalid();
   const organizationId = "organizationId" in tx ? tx.organizationId : "";
   const wanted = Math.min(limit, maxBatch);
   const rows = await queryChanges(tx, { kind, organizationId, position, limit: wanted + 1 });
@@ -156,16 +154,6 @@ export async function pruneChanges(
   return Number(row?.count ?? 0n);
 }
 
-type Position = {
-  readonly databaseId: string;
-  /** The snapshot up to which everything was sent. */
-  readonly from: string;
-  /** Within a batch: the snapshot that bounds it. */
-  readonly to: string | undefined;
-  /** Within a batch: the last revision sent. */
-  readonly revision: bigint;
-};
-
 type ChangeRow = {
   readonly database_id: string;
   readonly snapshot: string;
@@ -220,52 +208,6 @@ async function queryChanges(
       query.limit,
       maxBatchBytes,
     ],
-  );
-}
-
-function encodeCursor(position: Position): string {
-  const { databaseId, from, to, revision } = position;
-  const parts = [cursorVersion, databaseId, from, to ?? "", String(revision)];
-  return Buffer.from(JSON.stringify(parts)).toString("base64url");
-}
-
-function decodeCursor(cursor: string): Position {
-  const [version, databaseId, from, to, revision] = parse(cursor);
-  if (
-    version !== cursorVersion ||
-    typeof databaseId !== "string" ||
-    typeof from !== "string" ||
-    typeof to !== "string" ||
-    typeof revision !== "string" ||
-    !isSnapshot(from) ||
-    !(to === "" || isSnapshot(to)) ||
-    !/^\d{1,18}$/.test(revision)
-  ) {
-    throw cursorInvalid();
-  }
-  return { databaseId, from, to: to === "" ? undefined : to, revision: BigInt(revision) };
-}
-
-function parse(cursor: string): unknown[] {
-  if (cursor.length > maxCursorLength) return [];
-  try {
-    const parsed: unknown = JSON.parse(Buffer.from(cursor, "base64url").toString("utf8"));
-    return Array.isArray(parsed) ? parsed : [];
-  } catch {
-    return [];
-  }
-}
-
-/** What PostgreSQL accepts as a snapshot: xmin ≤ xmax, and what is in progress lies between, in order. */
-function isSnapshot(text: string): boolean {
-  if (!snapshotShape.test(text)) return false;
-  const [xmin = "", xmax = "", list = ""] = text.split(":");
-  const limits = [BigInt(xmin), ...(list === "" ? [] : list.split(",").map(BigInt)), BigInt(xmax)];
-  const maxXid = 2n ** 63n - 1n;
-  return (
-    BigInt(xmin) > 0n &&
-    BigInt(xmax) <= maxXid &&
-    limits.every((xid, index) => index === 0 || xid >= (limits[index - 1] ?? 0n))
   );
 }
 
