@@ -9,7 +9,8 @@ import { OrganizationsService } from "./organizations/service.ts";
 import { systemClock } from "./platform/clock.ts";
 import { Database } from "./platform/database.ts";
 import { FolderInUseError } from "./platform/embedded-postgres.ts";
-import { createLog } from "./platform/log.ts";
+import { ListenError } from "./platform/listen-error.ts";
+import { createLog, logConsole } from "./platform/log.ts";
 import { LoginError } from "./platform/logins.ts";
 import { SchemaError } from "./platform/migrations.ts";
 import { connectionOf, openDatabase } from "./platform/open-database.ts";
@@ -92,6 +93,7 @@ function parse(args: readonly string[]): Arguments | string {
 /** Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once. */
 async function serve(config: Config): Promise<number> {
   const log = createLog(config.logLevel);
+  logConsole(log);
   const stop = Promise.withResolvers<number>();
   let asked = false;
   const onSignal = (): void => {
@@ -202,7 +204,7 @@ function print(value: Readonly<Record<string, string>>): void {
   process.stdout.write(`${JSON.stringify(value)}\n`);
 }
 
-const knownErrors = [ConfigError, FolderInUseError, SchemaError, LoginError];
+const knownErrors = [ConfigError, ListenError, FolderInUseError, SchemaError, LoginError];
 
 /** What parseArgs throws. */
 function isArgumentError(error: unknown): boolean {
@@ -216,5 +218,6 @@ try {
   const known = knownErrors.some((kind) => error instanceof kind) || isArgumentError(error);
   const text = error instanceof Error ? (known ? error.message : (error.stack ?? error.message)) : String(error);
   process.stderr.write(`clodei-control-plane: ${text}\n`);
-  process.exitCode = known ? 2 : 1;
+  // 2: called wrongly, and nothing but another call helps. A port can be free the next time.
+  process.exitCode = known && !(error instanceof ListenError) ? 2 : 1;
 }

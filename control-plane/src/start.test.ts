@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { once } from "node:events";
 import { mkdtemp, readdir, readFile, rm, stat } from "node:fs/promises";
+import { type AddressInfo, createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
@@ -210,6 +211,30 @@ describe("the program", () => {
 });
 
 describe("a database of one's own", () => {
+  test("says which port is taken and where it is set, in one line and without a stack", async () => {
+    const other = createServer().listen(0, "127.0.0.1");
+    await once(other, "listening");
+    const { port } = other.address() as AddressInfo;
+    try {
+      await withFolder(async (folder) => {
+        for (const name of ["public", "node", "operations"]) {
+          const ports = [...freePorts];
+          ports[ports.indexOf(`--${name}-port`) + 1] = String(port);
+          const args = ["serve", "--data", folder, "--log-level", "error", ...ports];
+          const failure: unknown = await run(args).catch((error: unknown) => error);
+          assert.ok(failure instanceof Error && "stderr" in failure && "code" in failure);
+          assert.equal(failure.code, 1);
+          const text = String(failure.stderr);
+          assert.ok(text.startsWith(`clodei-control-plane: cannot listen on 127.0.0.1 port ${port}: `), text);
+          assert.match(text, new RegExp(`CLODEI_${name.toUpperCase()}_PORT`));
+          assert.equal(text.trimEnd().split("\n").length, 1, text);
+        }
+      });
+    } finally {
+      other.close();
+    }
+  });
+
   test("init-database makes the logins; a replica serves by their URLs; health follows the database's loss and return", async () => {
     await withFolder(async (folder) => {
       const log = createLog("silent");

@@ -33,6 +33,7 @@ import { pruneChanges } from "./platform/changes.ts";
 import { type Clock, systemClock } from "./platform/clock.ts";
 import { Database } from "./platform/database.ts";
 import { pruneIdempotencyRecords } from "./platform/idempotency.ts";
+import { listenAt } from "./platform/listen-error.ts";
 import { createLog, type Log } from "./platform/log.ts";
 import { openDatabase } from "./platform/open-database.ts";
 import { startReconciler } from "./platform/reconciler.ts";
@@ -211,28 +212,36 @@ async function startListeners(
   const { database, wakeups, clock, log, metrics, health, authority } = base;
   const { nodes, instances, placement } = domain;
   const { heartbeatIntervalMs, leaseMs, pollIntervalMs, drainMs, publicNames } = config;
-  const operations = await startOperationsListener({ port: config.operationsPort, health, registry: metrics.registry });
+  const { operationsPort, nodeHost, nodePort } = config;
+  const operations = await listenAt(
+    { host: "127.0.0.1", port: operationsPort, settings: "--operations-port (CLODEI_OPERATIONS_PORT)" },
+    () => startOperationsListener({ port: operationsPort, health, registry: metrics.registry }),
+  );
   stack.use(operations);
-  const nodeListener = await startNodeListener({
-    database,
-    wakeups,
-    clock,
-    log,
-    registry: metrics.registry,
-    nodes,
-    instances,
-    authority,
-    config: {
-      host: config.nodeHost,
-      port: config.nodePort,
-      maxConnectionsPerAddress: config.nodeConnectionsPerAddress,
-      publicNames,
-      heartbeatIntervalMs,
-      leaseMs,
-      pollIntervalMs,
-      drainMs,
-    },
-  });
+  const nodeListener = await listenAt(
+    { host: nodeHost, port: nodePort, settings: "--node-host and --node-port (CLODEI_NODE_HOST, CLODEI_NODE_PORT)" },
+    () =>
+      startNodeListener({
+        database,
+        wakeups,
+        clock,
+        log,
+        registry: metrics.registry,
+        nodes,
+        instances,
+        authority,
+        config: {
+          host: nodeHost,
+          port: nodePort,
+          maxConnectionsPerAddress: config.nodeConnectionsPerAddress,
+          publicNames,
+          heartbeatIntervalMs,
+          leaseMs,
+          pollIntervalMs,
+          drainMs,
+        },
+      }),
+  );
   // Closed by the drain, or here when the start fails further on. Twice does no harm.
   stack.defer(() => nodeListener.close());
   domain.setNodeEndpoint(nodeListener.endpoint);
@@ -255,22 +264,25 @@ async function startPublic(
   validator.warmUp(publicServices.flatMap(({ methods }) => methods));
   const obtain = (): Promise<FreshCertificate> => obtainCertificate(config, base);
   const first = await obtain();
-  const publicListener = await startPublicListener({
-    host: config.publicHost,
-    port: config.publicPort,
-    maxConnectionsPerAddress: config.publicConnectionsPerAddress,
-    tls: first,
-    corsOrigins: config.corsOrigins,
-    routes: (router) => registerServices(router, config, base, domain, nodeListener),
-    authenticate: organizations.authenticate,
-    stillHolds: organizations.stillHolds,
-    addressLimiter: new RateLimiter({ perSecond: config.addressRate, burst: config.addressRate * burstSeconds }),
-    callerLimiter: new RateLimiter({ perSecond: config.callerRate, burst: config.callerRate * burstSeconds }),
-    validator,
-    recheckMs,
-    metrics,
-    log,
-  });
+  const settings = "--public-host and --public-port (CLODEI_PUBLIC_HOST, CLODEI_PUBLIC_PORT)";
+  const publicListener = await listenAt({ host: config.publicHost, port: config.publicPort, settings }, () =>
+    startPublicListener({
+      host: config.publicHost,
+      port: config.publicPort,
+      maxConnectionsPerAddress: config.publicConnectionsPerAddress,
+      tls: first,
+      corsOrigins: config.corsOrigins,
+      routes: (router) => registerServices(router, config, base, domain, nodeListener),
+      authenticate: organizations.authenticate,
+      stillHolds: organizations.stillHolds,
+      addressLimiter: new RateLimiter({ perSecond: config.addressRate, burst: config.addressRate * burstSeconds }),
+      callerLimiter: new RateLimiter({ perSecond: config.callerRate, burst: config.callerRate * burstSeconds }),
+      validator,
+      recheckMs,
+      metrics,
+      log,
+    }),
+  );
   stack.defer(() => publicListener.close(0));
   const use = (next: FreshCertificate): void => publicListener.setCertificate(next);
   stack.use(keepCertificateFresh({ listener: "public", first, obtain, use, log }));

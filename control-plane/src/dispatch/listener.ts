@@ -105,7 +105,14 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
     onRefused: () => parts.metrics.connectionsRefused.inc(),
   });
   parts.setCut((address) => connections.cut(address));
-  const port = await connections.listen(config.host, config.port);
+  const port = await connections.listen(config.host, config.port).catch(async (error: unknown) => {
+    // Else what was assembled would keep the process that cannot serve alive.
+    injector.destroy();
+    await parts.keeper[Symbol.asyncDispose]();
+    await parts.heartbeats[Symbol.asyncDispose]();
+    server.forceShutdown();
+    throw error;
+  });
   const leases = startReconciler({
     name: "node-leases",
     topics: [],

@@ -1,13 +1,28 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import pg from "pg";
-import { createLog } from "./log.ts";
+import { createLog, logConsole } from "./log.ts";
 import { startTestDatabase } from "./test-database.ts";
 
 function record(): { lines: string[]; log: ReturnType<typeof createLog> } {
   const lines: string[] = [];
   return { lines, log: createLog("info", { write: (line) => lines.push(line) }) };
 }
+
+test("what a library writes to the console is a line of the log, without the data that it adds", () => {
+  const { lines, log } = record();
+  {
+    using _console = logConsole(log);
+    console.error("handler for rpc StreamLogs failed", new Error("the stream is closed"), { env: "SECRET=1" });
+  }
+  assert.equal(lines.length, 1);
+  const line = JSON.parse(lines[0] ?? "") as { msg: string; level: string; err: { message: string } };
+  assert.deepEqual(
+    [line.level, line.msg, line.err.message],
+    ["warn", "handler for rpc StreamLogs failed", "the stream is closed"],
+  );
+  assert.ok(!lines[0]?.includes("SECRET"));
+});
 
 test("a log line is JSON with a level, a time and what was bound, and nothing below its level", () => {
   const { lines, log } = record();

@@ -31,6 +31,20 @@ export function createLog(
   );
 }
 
+/**
+ * Sends to the log what libraries write to the console (Connect a handler whose caller went away, grpc-js its errors),
+ * which would stand between its lines. Of what they add, only an error is taken: the rest may be anybody's data.
+ */
+export function logConsole(log: Log): Disposable {
+  const { error, warn, info, log: plain, debug } = console;
+  const write = (text: unknown, ...details: readonly unknown[]): void => {
+    const err = [text, ...details].find((detail) => detail instanceof Error);
+    log.warn({ ...(err && { err }), source: "console" }, typeof text === "string" ? text : "a library wrote");
+  };
+  Object.assign(console, { error: write, warn: write, info: write, log: write, debug: write });
+  return { [Symbol.dispose]: () => void Object.assign(console, { error, warn, info, log: plain, debug }) };
+}
+
 type Described = { type: string; message: string; stack?: string; code?: string; constraint?: string; cause?: unknown };
 
 /**
