@@ -5,6 +5,7 @@ import { parseId } from "@clodei/proto/ids";
 import packageJson from "../package.json" with { type: "json" };
 import { type Config, ConfigError, configFlags, configHelp, databaseSourceOf, loadConfig, readPem } from "./config.ts";
 import { IdentityService } from "./identity/service.ts";
+import { AuthorityClaimError, forgetAuthority } from "./nodes/authority-claim.ts";
 import { OrganizationsService } from "./organizations/service.ts";
 import { systemClock } from "./platform/clock.ts";
 import { Database } from "./platform/database.ts";
@@ -23,6 +24,7 @@ Commands:
   create-operator [--name NAME]      makes a platform operator and prints its API key, once
   create-organization --name NAME    makes an organization and prints an API key of its admin, once
   revoke-api-key --key-id KEY_ID     revokes an API key, at once and for good, and prints whose it was
+  forget-ca                          lets the next start use another CA; nodes must be enrolled again under it
   init-database                      makes the roles in CLODEI_DATABASE_ADMIN_URL and prints three URLs
   --help, --version
 
@@ -36,6 +38,7 @@ const commandFlags: Readonly<Record<string, readonly CommandFlag[]>> = {
   "create-operator": ["--name"],
   "create-organization": ["--name"],
   "revoke-api-key": ["--key-id"],
+  "forget-ca": [],
   "init-database": [],
 };
 type CommandFlag = "--name" | "--key-id";
@@ -61,6 +64,8 @@ async function main(): Promise<number> {
       return createOrganization(parsed);
     case "revoke-api-key":
       return revokeApiKey(parsed);
+    case "forget-ca":
+      return forgetCa(parsed);
     case "init-database":
       return initDatabase(parsed.config);
     default:
@@ -154,6 +159,14 @@ async function revokeApiKey({ config, flags }: Arguments): Promise<number> {
   return 0;
 }
 
+async function forgetCa({ config }: Arguments): Promise<number> {
+  await withServices(config, async ({ database }) => {
+    const forgotten = await database.system(forgetAuthority);
+    if (!forgotten) throw new ConfigError(["forget-ca: no control plane has served this database yet"]);
+  });
+  return 0;
+}
+
 /** As long as the columns that hold it. */
 const maxNameCharacters = 128;
 
@@ -204,7 +217,7 @@ function print(value: Readonly<Record<string, string>>): void {
   process.stdout.write(`${JSON.stringify(value)}\n`);
 }
 
-const knownErrors = [ConfigError, ListenError, FolderInUseError, SchemaError, LoginError];
+const knownErrors = [AuthorityClaimError, ConfigError, ListenError, FolderInUseError, SchemaError, LoginError];
 
 /** What parseArgs throws. */
 function isArgumentError(error: unknown): boolean {

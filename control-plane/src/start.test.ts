@@ -262,6 +262,16 @@ describe("a database of one's own", () => {
       const swapped = { ...urls, DATABASE_URL: urls["DATABASE_SYSTEM_URL"] ?? "" };
       const running = await startControlPlane(loadConfig({ environment: urls, flags }), { log });
       try {
+        const elsewhere = { ...flags, "--data": join(folder, "b") };
+        await assert.rejects(
+          startControlPlane(loadConfig({ environment: urls, flags: elsewhere }), { log }),
+          /served with another CA.*CLODEI_CA_CERTIFICATE_FILE/,
+        );
+        const second = await startControlPlane(loadConfig({ environment: urls, flags }), { log });
+        await second.close();
+        await run(["forget-ca"], urls);
+        const third = await startControlPlane(loadConfig({ environment: urls, flags: elsewhere }), { log });
+        await third.close();
         await assert.rejects(
           startControlPlane(loadConfig({ environment: swapped, flags }), { log }),
           /must be clodei_app/,

@@ -22,6 +22,7 @@ import { startScheduler } from "./instances/scheduler.ts";
 import { InstancesService } from "./instances/service.ts";
 import { Watches } from "./instances/watch.ts";
 import type { Authority } from "./nodes/authority.ts";
+import { claimAuthority } from "./nodes/authority-claim.ts";
 import { openAuthority } from "./nodes/authority-store.ts";
 import { enrollmentHandlers } from "./nodes/enrollment-handlers.ts";
 import { Enrollment } from "./nodes/enrollment.ts";
@@ -140,6 +141,7 @@ async function startBase(config: Config, log: Log, stack: AsyncDisposableStack):
       : { certificateFile: config.caCertificateFile, privateKeyFile: config.caKeyFile };
   const source = { folder: join(config.dataFolder, "ca"), files, trustDomain: config.trustDomain };
   const authority = await openAuthority(source, clock());
+  await database.system((tx) => claimAuthority(tx, authority.digestHex));
   const failed = opened.ended ?? new AbortController().signal;
   return { log, clock, metrics, health, database, wakeups, authority, draining: new AbortController(), failed };
 }
