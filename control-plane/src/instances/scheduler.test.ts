@@ -335,6 +335,32 @@ describe("an organization", () => {
   });
 });
 
+describe("a GPU that two nodes report", () => {
+  it("is offered and given once: by the node that takes work, and of two by the older one", async () => {
+    const older = await addNode(fixture, { gpus: 1, model: "B200" });
+    const newer = await addNode(fixture, { gpus: 1, model: "B200" });
+    await administer("update nodes set inventory = (select inventory from nodes where id = $1) where id = $2", [
+      older,
+      newer,
+    ]);
+    const b200 = async () => {
+      const fleet = await fixture.db.database.system((tx) => fixture.placement.readFleet(tx));
+      return fleet.flatMap(({ id, gpus }) => gpus.flatMap((gpu) => (gpu.model === "B200" && gpu.usable ? [id] : [])));
+    };
+    assert.deepEqual(await b200(), [older]);
+    const ids = [
+      await create({ gpu: { model: "B200", count: 1 } }),
+      await create({ gpu: { model: "B200", count: 1 } }),
+    ];
+    await placeAll();
+    const states = await Promise.all(ids.map(async (id) => (await get(id)).state));
+    assert.deepEqual(states, [InstanceState.SCHEDULED, InstanceState.PENDING]);
+    // The card was moved: its new node has it once the old one is gone.
+    await administer("update nodes set state = 'unreachable', connected = false where id = $1", [older]);
+    assert.deepEqual(await b200(), [newer]);
+  });
+});
+
 describe("offers", () => {
   it("follow what is allocated, for a caller of any organization", async () => {
     const nodeId = await addNode(fixture, { gpus: 2 });

@@ -14,8 +14,12 @@ export type Allocations = {
   readonly byNode: ReadonlyMap<NodeId, { readonly cpuMillis: number; readonly memoryMib: number }>;
 };
 
-/** The fleet as placement sees it. Nodes that never reported what they have are left out. */
+/**
+ * The fleet as placement sees it. Nodes that never reported what they have are left out. A GPU that several nodes report
+ * (a cloned disk, a card that was moved, a wrong report) is there once.
+ */
 export function createFleet(nodes: readonly NodeRecord[], allocations: Allocations): FleetNode[] {
+  const reporters = findReporters(nodes);
   return nodes.flatMap((node) => {
     const host = node.inventory?.host;
     if (node.inventory === undefined || host === undefined) return [];
@@ -31,10 +35,24 @@ export function createFleet(nodes: readonly NodeRecord[], allocations: Allocatio
         memoryMib,
         freeCpuMillis: cpuMillis - used.cpuMillis,
         freeMemoryMib: memoryMib - used.memoryMib,
-        gpus: node.inventory.gpus.map((gpu) => createFleetGpu(gpu, allocations.gpuUuids)),
+        gpus: node.inventory.gpus.map((gpu) => ({
+          ...createFleetGpu(gpu, allocations.gpuUuids),
+          ...(reporters.get(gpu.uuid) !== gpu && { usable: false }),
+        })),
       },
     ];
   });
+}
+
+/** Whose report of a GPU counts: that of a node that takes work before others, and then the node's that is older. */
+function findReporters(nodes: readonly NodeRecord[]): ReadonlyMap<string, Gpu> {
+  const rank = (node: NodeRecord): string => `${obstacleOf(node) === undefined ? 0 : 1}${node.nodeId}`;
+  const ranked = nodes.map((node) => ({ node, rank: rank(node) })).toSorted((a, b) => (a.rank < b.rank ? -1 : 1));
+  const reporters = new Map<string, Gpu>();
+  for (const { node } of ranked) {
+    for (const gpu of node.inventory?.gpus ?? []) if (!reporters.has(gpu.uuid)) reporters.set(gpu.uuid, gpu);
+  }
+  return reporters;
 }
 
 function createFleetGpu(gpu: Gpu, allocated: ReadonlySet<string>): FleetGpu {
