@@ -71,7 +71,14 @@ const settings = {
     value: "PATH",
     variable: "CLODEI_NVIDIA_SMI",
     fallback: "nvidia-smi",
-    help: "The tool that tells what GPUs there are.",
+    help: "The tool that tells what NVIDIA GPUs there are.",
+    parse: text,
+  },
+  "rocm-smi": {
+    value: "PATH",
+    variable: "CLODEI_ROCM_SMI",
+    fallback: "rocm-smi",
+    help: "The tool that tells what AMD GPUs there are. They are shown, and not placed on.",
     parse: text,
   },
   "image-allowlist": {
@@ -138,6 +145,7 @@ const commands = {
       "docker-socket",
       "simulate-gpus",
       "nvidia-smi",
+      "rocm-smi",
       "image-allowlist",
       "registry-auth-file",
       "dns-servers",
@@ -149,7 +157,11 @@ const commands = {
   },
   inventory: {
     help: "Prints what the node has. --json prints it as the control plane is told.",
-    settings: ["state", "docker-socket", "simulate-gpus", "nvidia-smi", "log-level"],
+    settings: ["state", "docker-socket", "simulate-gpus", "nvidia-smi", "rocm-smi", "log-level"],
+  },
+  doctor: {
+    help: "Looks whether this node has what it needs, and says what is wrong and how to mend it. Changes nothing.",
+    settings: ["state", "docker-socket", "simulate-gpus", "nvidia-smi", "rocm-smi", "min-free-mib", "log-level"],
   },
 } as const satisfies Record<string, { help: string; settings: readonly SettingName[] }>;
 
@@ -171,18 +183,23 @@ export interface InventoryConfig {
   readonly dockerSocket: string;
   readonly simulatedGpus: SettingValue<"simulate-gpus"> | undefined;
   readonly nvidiaSmi: string;
+  readonly rocmSmi: string;
   /** PATH, for tools that the agent starts. */
   readonly searchPath: string;
   readonly logLevel: SettingValue<"log-level">;
 }
 
+/** The configuration of `doctor`. */
+export interface DoctorConfig extends InventoryConfig {
+  readonly minFreeMib: number;
+}
+
 /** The configuration of `run`. */
-export interface RunConfig extends InventoryConfig {
+export interface RunConfig extends DoctorConfig {
   readonly imageAllowlist: readonly string[];
   readonly registryAuthFile: string | undefined;
   readonly dnsServers: readonly string[] | undefined;
   readonly networkPool: string;
-  readonly minFreeMib: number;
   readonly usageIntervalMs: number;
 }
 
@@ -192,7 +209,8 @@ export type Command =
   | { readonly kind: "version" }
   | { readonly kind: "enroll"; readonly config: EnrollConfig }
   | { readonly kind: "run"; readonly config: RunConfig }
-  | { readonly kind: "inventory"; readonly json: boolean; readonly config: InventoryConfig };
+  | { readonly kind: "inventory"; readonly json: boolean; readonly config: InventoryConfig }
+  | { readonly kind: "doctor"; readonly json: boolean; readonly config: DoctorConfig };
 
 /** The configuration is wrong. The message names every wrong setting. */
 export class ConfigError extends Error {
@@ -204,8 +222,9 @@ export function readCommand(args: readonly string[], environment: Environment = 
   const [name, ...rest] = args;
   if (name === undefined || name === "--help" || name === "-h" || name === "help") return { kind: "help" };
   if (name === "--version" || name === "version") return { kind: "version" };
-  if (name !== "enroll" && name !== "run" && name !== "inventory") {
-    throw new ConfigError(`unknown command ${JSON.stringify(name)}: there are enroll, run and inventory (see --help)`);
+  if (!isCommand(name)) {
+    const known = Object.keys(commands).join(", ");
+    throw new ConfigError(`unknown command ${JSON.stringify(name)}: there are ${known} (see --help)`);
   }
   const flags = parseFlags(name, rest);
   if (flags["help"] === true) return { kind: "help" };
@@ -218,12 +237,11 @@ export function readCommand(args: readonly string[], environment: Environment = 
     }
     case "run": {
       const config = {
-        ...inventoryConfig(reader, environment),
+        ...doctorConfig(reader, environment),
         imageAllowlist: reader.required("image-allowlist") ?? [],
         registryAuthFile: reader.optional("registry-auth-file"),
         dnsServers: reader.optional("dns-servers"),
         networkPool: reader.required("network-pool") ?? "",
-        minFreeMib: reader.required("min-free-mib") ?? 0,
         usageIntervalMs: reader.required("usage-interval-ms") ?? 0,
       };
       reader.finish();
@@ -234,6 +252,11 @@ export function readCommand(args: readonly string[], environment: Environment = 
       reader.finish();
       return { kind: "inventory", json: flags["json"] === true, config };
     }
+    case "doctor": {
+      const config = doctorConfig(reader, environment);
+      reader.finish();
+      return { kind: "doctor", json: flags["json"] === true, config };
+    }
   }
 }
 
@@ -243,9 +266,14 @@ function inventoryConfig(reader: Reader, environment: Environment): InventoryCon
     dockerSocket: reader.required("docker-socket") ?? "",
     simulatedGpus: reader.optional("simulate-gpus"),
     nvidiaSmi: reader.required("nvidia-smi") ?? "",
+    rocmSmi: reader.required("rocm-smi") ?? "",
     searchPath: environment["PATH"] ?? "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     logLevel: reader.required("log-level") ?? "info",
   };
+}
+
+function doctorConfig(reader: Reader, environment: Environment): DoctorConfig {
+  return { ...inventoryConfig(reader, environment), minFreeMib: reader.required("min-free-mib") ?? 0 };
 }
 
 function enrollConfig(reader: Reader, flags: Flags, environment: Environment): EnrollConfig {
@@ -271,10 +299,14 @@ function enrollConfig(reader: Reader, flags: Flags, environment: Environment): E
 type Environment = Readonly<Record<string, string | undefined>>;
 type Flags = Readonly<Record<string, string | boolean | undefined>>;
 
+function isCommand(name: string): name is keyof typeof commands {
+  return Object.hasOwn(commands, name);
+}
+
 function parseFlags(command: keyof typeof commands, args: readonly string[]): Flags {
   const options: Record<string, { type: "string" | "boolean" }> = { help: { type: "boolean" } };
   for (const name of commands[command].settings) options[name] = { type: "string" };
-  if (command === "inventory") options["json"] = { type: "boolean" };
+  if (command === "inventory" || command === "doctor") options["json"] = { type: "boolean" };
   try {
     const { values } = parseArgs({ args: [...args], options, strict: true, allowPositionals: false });
     return values;
@@ -350,6 +382,6 @@ export function helpText(): string {
     if (setting.variable !== undefined) lines.push(`      Variable: ${setting.variable}`);
     if (setting.fallback !== undefined) lines.push(`      Default: ${setting.fallback}`);
   }
-  lines.push("  --json  (inventory)", "      Prints JSON.");
+  lines.push("  --json  (inventory, doctor)", "      Prints JSON.");
   return `${lines.join("\n")}\n`;
 }

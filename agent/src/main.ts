@@ -9,7 +9,9 @@ import { toJson } from "@bufbuild/protobuf";
 import { NodeInventorySchema } from "@clodei/proto/gen/clodei/v1/inventory";
 import packageJson from "../package.json" with { type: "json" };
 import { ConfigError, helpText, readCommand } from "./config.ts";
-import type { EnrollConfig, InventoryConfig } from "./config.ts";
+import type { DoctorConfig, EnrollConfig, InventoryConfig } from "./config.ts";
+import { examine } from "./doctor/doctor.ts";
+import { describeFindings } from "./doctor/finding.ts";
 import { messageOf } from "./error-reason.ts";
 import { foreignFolder, ownerOf } from "./folder-owner.ts";
 import { enroll } from "./identity/enroll.ts";
@@ -37,6 +39,8 @@ async function main(args: readonly string[], signal: AbortSignal): Promise<numbe
     case "inventory":
       await inventoryCommand(command.config, command.json);
       return exitCodes.stopped;
+    case "doctor":
+      return await doctorCommand(command.config, command.json);
     case "run": {
       const log = createLog(command.config.logLevel);
       return exitCodes[await runAgent({ config: command.config, agentVersion: packageJson.version, log, signal })];
@@ -100,6 +104,12 @@ async function inventoryCommand(config: InventoryConfig, json: boolean): Promise
     ? JSON.stringify(toJson(NodeInventorySchema, current, { alwaysEmitImplicit: true }), undefined, 2)
     : describeInventory(current);
   process.stdout.write(`${text}\n`);
+}
+
+async function doctorCommand(config: DoctorConfig, json: boolean): Promise<number> {
+  const findings = await examine(config);
+  process.stdout.write(`${json ? JSON.stringify(findings, undefined, 2) : describeFindings(findings)}\n`);
+  return findings.some(({ status }) => status === "failed") ? exitCodes.failed : exitCodes.stopped;
 }
 
 const stop = new AbortController();

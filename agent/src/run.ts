@@ -36,12 +36,12 @@ export async function openInventory(options: {
   readonly workspaceFolder: string;
   readonly dockerVersion: () => string;
 }): Promise<Inventory> {
-  const { simulatedGpus, nvidiaSmi, searchPath } = options.config;
+  const { simulatedGpus, nvidiaSmi, rocmSmi, searchPath } = options.config;
   return await Inventory.open({
     host: await readHost(),
     readGpus: async (signal) =>
       simulatedGpus === undefined
-        ? await readGpus({ nvidiaSmi, searchPath, ...(signal === undefined ? {} : { signal }) })
+        ? await readGpus({ nvidiaSmi, rocmSmi, searchPath, ...(signal === undefined ? {} : { signal }) })
         : simulateGpus(simulatedGpus, options.nodeName),
     workspaceFolder: options.workspaceFolder,
     dockerVersion: options.dockerVersion,

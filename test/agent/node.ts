@@ -46,7 +46,7 @@ export class TestNode implements AsyncDisposable {
   private constructor(folder: string, socketPath: string) {
     this.#folder = folder;
     this.#socketPath = socketPath;
-    this.gpuUuids = simulateGpus([model, model], this.nodeId).readings.map(({ gpu }) => gpu.uuid);
+    this.gpuUuids = simulateGpus([model, model], this.nodeId).gpus.map(({ uuid }) => uuid);
   }
 
   static async start(socketPath: string): Promise<TestNode> {
@@ -84,7 +84,7 @@ export class TestNode implements AsyncDisposable {
       simulatedGpus: new Set(this.gpuUuids),
     });
     const inventory = create(NodeInventorySchema, {
-      gpus: simulateGpus([model, model], this.nodeId).readings.map(({ gpu }) => gpu),
+      gpus: [...simulateGpus([model, model], this.nodeId).gpus],
       host: create(HostSchema, { cpuCount: 2, memoryMib: 4096 }),
     });
     const worker = new Worker({

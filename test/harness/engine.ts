@@ -3,7 +3,11 @@ import { accessSync, constants } from "node:fs";
 import { chmod, mkdtemp } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { type PrivateEngine, startPrivateEngine } from "../../tools/engine/private-engine.ts";
+import {
+  type PrivateEngine,
+  type PrivateEngineOptions,
+  startPrivateEngine,
+} from "../../tools/engine/private-engine.ts";
 
 /** Why no engine can be started here; undefined where one can. For `test(name, {skip: engineUnavailable}, …)`. */
 export const engineUnavailable: string | undefined = whyNot([
@@ -19,11 +23,13 @@ export const registryUnavailable: string | undefined =
   engineUnavailable ?? whyNot([["docker-registry", "Debian's docker-registry"]]);
 
 /** Starts an engine in a temporary folder. Loads no image: see `importBusybox`. */
-export async function startTestEngine(): Promise<PrivateEngine> {
+export async function startTestEngine(
+  options: Pick<PrivateEngineOptions, "daemonArguments" | "prelude"> = {},
+): Promise<PrivateEngine> {
   const folder = await mkdtemp(join(tmpdir(), "clodei-engine-"));
   // The engine refuses some of its features below a folder that others cannot enter.
   await chmod(folder, 0o755);
-  return startPrivateEngine({ folder, name: "clodei-test", internet: false, temporary: true });
+  return startPrivateEngine({ folder, name: "clodei-test", internet: false, temporary: true, ...options });
 }
 
 function whyNot(programs: readonly (readonly [string, string])[]): string | undefined {

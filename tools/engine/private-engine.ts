@@ -33,6 +33,10 @@ export interface PrivateEngineOptions {
   readonly internet: boolean;
   /** The folder goes, too, when the engine does. */
   readonly temporary?: boolean;
+  /** Further arguments of dockerd. */
+  readonly daemonArguments?: readonly string[];
+  /** Shell commands that run before dockerd, in a mount namespace of its own: how a test breaks a machine. */
+  readonly prelude?: string;
   /** Is told what is being done. */
   readonly progress?: (line: string) => void;
 }
@@ -83,7 +87,7 @@ export async function startPrivateEngine(options: PrivateEngineOptions): Promise
     await runTool("ip", "netns", "add", layout.namespace);
     await runTool("ip", "-n", layout.namespace, "link", "set", "lo", "up");
     if (outside !== undefined) await connectOutside(outside);
-    const engine = new RunningEngine(note, watchdog, options.internet ? await usableResolvers() : []);
+    const engine = new RunningEngine(note, watchdog, options.internet ? await usableResolvers() : [], options);
     options.progress?.("Docker engine");
     await engine.startDaemon();
     await clearObjects(layout.socketPath);
@@ -126,10 +130,12 @@ class RunningEngine implements PrivateEngine {
   readonly #note: EngineNote;
   readonly #watchdog: ChildProcess;
   readonly resolvers: readonly string[];
+  readonly #options: PrivateEngineOptions;
   #daemon: ChildProcess | undefined;
   #closed: Promise<void> | undefined;
 
-  constructor(note: EngineNote, watchdog: ChildProcess, resolvers: readonly string[]) {
+  constructor(note: EngineNote, watchdog: ChildProcess, resolvers: readonly string[], options: PrivateEngineOptions) {
+    this.#options = options;
     this.#note = note;
     this.#watchdog = watchdog;
     this.resolvers = resolvers;
@@ -170,7 +176,7 @@ class RunningEngine implements PrivateEngine {
     // After a kill the engine would wait for the processes that these name, or refuse to start because of them.
     await rm(join(layout.runFolder, "docker.pid"), { force: true });
     await rm(join(layout.execRoot, "containerd", "containerd.pid"), { force: true });
-    const command = await daemonCommand(this.#note, this.resolvers);
+    const command = await daemonCommand(this.#note, this.resolvers, this.#options);
     const log = await open(layout.logFile, "w", 0o600);
     const [program = "", ...args] = command;
     const daemon = spawn(program, args, {
@@ -230,7 +236,11 @@ class RunningEngine implements PrivateEngine {
   }
 }
 
-async function daemonCommand(note: EngineNote, resolvers: readonly string[]): Promise<string[]> {
+async function daemonCommand(
+  note: EngineNote,
+  resolvers: readonly string[],
+  { daemonArguments = [], prelude = "" }: PrivateEngineOptions,
+): Promise<string[]> {
   const { layout } = note;
   const daemon = [
     "dockerd",
@@ -241,13 +251,16 @@ async function daemonCommand(note: EngineNote, resolvers: readonly string[]): Pr
     ...["--live-restore", "--default-address-pool", addressPool, "--log-level", "warn"],
     // One name for all of its containers' groups, whatever the machine's service manager is.
     ...["--cgroup-parent", `/${layout.controlGroup}`, "--exec-opt", "native.cgroupdriver=cgroupfs"],
+    ...daemonArguments,
   ];
   const command = ["nsenter", `--net=/run/netns/${layout.namespace}`];
-  if (note.outside === undefined || resolvers.length === 0) return [...command, ...daemon];
+  const isConnected = note.outside !== undefined && resolvers.length > 0;
+  if (!isConnected && prelude === "") return [...command, ...daemon];
   // A resolver on the host's loopback does not answer inside: the engine sees a resolv.conf of its own.
   const resolverFile = join(layout.runFolder, "resolv.conf");
   await writeFile(resolverFile, resolvers.map((server) => `nameserver ${server}\n`).join(""));
-  const script = 'mount --bind "$0" /etc/resolv.conf && exec "$@"';
+  const steps = [isConnected ? 'mount --bind "$0" /etc/resolv.conf' : "", prelude, 'exec "$@"'];
+  const script = steps.filter((step) => step !== "").join(" && ");
   return [...command, "unshare", "--mount", "--propagation", "slave", "sh", "-c", script, resolverFile, ...daemon];
 }
 

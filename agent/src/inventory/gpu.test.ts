@@ -4,14 +4,15 @@ import { existsSync } from "node:fs";
 import { chmod, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { create } from "@bufbuild/protobuf";
 import { createValidator } from "@bufbuild/protovalidate";
 import { parseSimulatedGpus } from "@clodei/proto/gpu-models";
-import { GpuHealth, MigMode, NodeInventorySchema } from "@clodei/proto/gen/clodei/v1/inventory";
+import { GpuHealth, GpuTelemetrySchema, MigMode, NodeInventorySchema } from "@clodei/proto/gen/clodei/v1/inventory";
+import type { Gpu } from "@clodei/proto/gen/clodei/v1/inventory";
 import { readGpus, simulateGpus } from "./gpu.ts";
 import { readHost } from "./host.ts";
 import { Inventory } from "./inventory.ts";
 import { parseNvidiaSmi } from "./nvidia-smi.ts";
-import type { GpuReadings } from "./nvidia-smi.ts";
 
 interface Fields {
   readonly uuid?: string;
@@ -41,17 +42,17 @@ function documentOf(...gpus: readonly string[]): string {
     <driver_version>580.65.06</driver_version><cuda_version>13.0</cuda_version>${gpus.join("")}</nvidia_smi_log>`;
 }
 
-function one(xml: string): GpuReadings["readings"][number] {
-  const { readings } = parseNvidiaSmi(xml);
-  assert.equal(readings.length, 1);
-  const [reading] = readings;
-  assert.ok(reading !== undefined);
-  return reading;
+function one(xml: string): Gpu {
+  const { gpus } = parseNvidiaSmi(xml);
+  assert.equal(gpus.length, 1);
+  const [gpu] = gpus;
+  assert.ok(gpu !== undefined);
+  return gpu;
 }
 
 describe("the output of nvidia-smi", () => {
   it("is read field by field", () => {
-    const { gpu, utilizationPercent, memoryUsedMib } = one(documentOf(gpuXml()));
+    const gpu = one(documentOf(gpuXml()));
     assert.equal(gpu.uuid, "GPU-11111111-2222-3333-4444-555555555555");
     assert.deepEqual(
       [gpu.model, gpu.memoryMib, gpu.driverVersion, gpu.cudaVersion],
@@ -61,14 +62,12 @@ describe("the output of nvidia-smi", () => {
       [gpu.pciAddress, gpu.migMode, gpu.health],
       ["00000000:1B:00.0", MigMode.DISABLED, GpuHealth.HEALTHY],
     );
-    assert.deepEqual([utilizationPercent, memoryUsedMib, gpu.simulated], [7, 12, false]);
+    assert.deepEqual([gpu.telemetry?.utilizationPercent, gpu.telemetry?.memoryUsedMib, gpu.simulated], [7, 12, false]);
   });
 
   it("costs one field where one field is not known", () => {
     for (const unknown of ["N/A", "[N/A]", "[Not Supported]", ""]) {
-      const { gpu } = one(
-        documentOf(gpuXml({ mig: unknown, more: `<performance_state>${unknown}</performance_state>` })),
-      );
+      const gpu = one(documentOf(gpuXml({ mig: unknown, more: `<performance_state>${unknown}</performance_state>` })));
       assert.equal(gpu.memoryMib, 81559);
       assert.equal(gpu.health, GpuHealth.HEALTHY);
       assert.equal(
@@ -103,7 +102,7 @@ describe("the output of nvidia-smi", () => {
       ],
     ];
     for (const [fields, message] of cases) {
-      const { gpu } = one(documentOf(gpuXml(fields)));
+      const gpu = one(documentOf(gpuXml(fields)));
       assert.equal(gpu.health, GpuHealth.UNHEALTHY);
       assert.match(gpu.healthMessage, message);
     }
@@ -112,13 +111,13 @@ describe("the output of nvidia-smi", () => {
   it("takes corrected and aggregate errors for what they are: the past", () => {
     const more =
       "<ecc_errors><volatile><dram_correctable>9</dram_correctable></volatile><aggregate><dram_uncorrectable>8</dram_uncorrectable></aggregate></ecc_errors>";
-    assert.equal(one(documentOf(gpuXml({ more }))).gpu.health, GpuHealth.HEALTHY);
+    assert.equal(one(documentOf(gpuXml({ more }))).health, GpuHealth.HEALTHY);
   });
 
   it("leaves out a device that has no name of its own, and says so", () => {
     for (const uuid of ["ERR!", "", "GPU-SIM-real", "GPU-a b"]) {
-      const { readings, error } = parseNvidiaSmi(documentOf(gpuXml({ uuid }), gpuXml()));
-      assert.equal(readings.length, 1);
+      const { gpus, error } = parseNvidiaSmi(documentOf(gpuXml({ uuid }), gpuXml()));
+      assert.equal(gpus.length, 1);
       assert.notEqual(error, "");
     }
     assert.match(parseNvidiaSmi(documentOf(gpuXml(), gpuXml())).error, /twice/);
@@ -133,26 +132,55 @@ describe("the output of nvidia-smi", () => {
       "\0",
       documentOf(gpuXml()).slice(0, 300),
     ]) {
-      const { readings, error } = parseNvidiaSmi(text);
-      assert.deepEqual(readings, []);
+      const { gpus, error } = parseNvidiaSmi(text);
+      assert.deepEqual(gpus, []);
       assert.notEqual(error, "");
     }
-    assert.deepEqual(parseNvidiaSmi(documentOf()), { readings: [], error: "" });
+    assert.deepEqual(parseNvidiaSmi(documentOf()), { gpus: [], error: "" });
   });
 });
 
 const samples = join(import.meta.dirname, "../../../../shared/data/gpu-samples");
 
+interface TruthOfGpu {
+  readonly uuid: string;
+  readonly name: string;
+  readonly bus_id: string;
+  readonly mem_total_mib: number;
+  readonly mem_used_mib: number | null;
+  readonly mig_mode: string | null;
+  readonly mig_devices: number;
+  readonly mig_mem_mib: readonly (number | null)[];
+  readonly gpu_util_pct: number | null;
+  readonly temp_c: number | null;
+  readonly power_w: number | null;
+  readonly power_limit_w: number | null;
+  readonly ecc_uncorr_volatile: number | null;
+  readonly ecc_uncorr_aggregate: number | null;
+  readonly processes: number;
+}
+
 interface Truth {
   readonly driver: string | null;
-  readonly gpus: readonly {
-    readonly uuid: string;
-    readonly name: string;
-    readonly bus_id: string;
-    readonly mem_total_mib: number;
-    readonly mig_mode: string | null;
-    readonly gpu_util_pct: number | null;
-  }[];
+  readonly gpus: readonly TruthOfGpu[];
+}
+
+/** What we read of a device, as the independent reader writes it. */
+function asTruth(gpu: Gpu | undefined): Omit<TruthOfGpu, "name" | "uuid" | "bus_id" | "mem_total_mib" | "mig_mode"> {
+  const { telemetry, ecc, migDevices = [] } = gpu ?? {};
+  const count = (value: bigint | undefined) => (value === undefined ? null : Number(value));
+  return {
+    mem_used_mib: telemetry?.memoryUsedMib ?? null,
+    mig_devices: migDevices.length,
+    mig_mem_mib: migDevices.map(({ memoryMib }) => memoryMib ?? null),
+    gpu_util_pct: telemetry?.utilizationPercent ?? null,
+    temp_c: telemetry?.temperatureCelsius ?? null,
+    power_w: telemetry?.powerWatts ?? null,
+    power_limit_w: telemetry?.powerLimitWatts ?? null,
+    ecc_uncorr_volatile: count(ecc?.volatile?.uncorrected),
+    ecc_uncorr_aggregate: count(ecc?.aggregate?.uncorrected),
+    processes: telemetry?.processes.length ?? 0,
+  };
 }
 
 describe(
@@ -164,35 +192,37 @@ describe(
       const migModes: Record<string, MigMode> = { Enabled: MigMode.ENABLED, Disabled: MigMode.DISABLED };
       let seen = 0;
       for (const [file, { driver, gpus }] of Object.entries(truth)) {
-        const { readings, error } = parseNvidiaSmi(await readFile(join(samples, file), "utf8"));
+        const { gpus: found, error } = parseNvidiaSmi(await readFile(join(samples, file), "utf8"));
         assert.equal(error, "", file);
         assert.deepEqual(
-          readings.map(({ gpu }) => [gpu.uuid, gpu.productName, gpu.pciAddress, gpu.memoryMib, gpu.driverVersion]),
+          found.map((gpu) => [gpu.uuid, gpu.productName, gpu.pciAddress, gpu.memoryMib, gpu.driverVersion]),
           gpus.map((gpu) => [gpu.uuid, gpu.name, gpu.bus_id, gpu.mem_total_mib, driver ?? ""]),
           file,
         );
         for (const [index, gpu] of gpus.entries()) {
-          const reading = readings[index];
-          assert.equal(reading?.utilizationPercent ?? null, gpu.gpu_util_pct, file);
+          const read = found[index];
           const mode = gpu.mig_mode === null ? undefined : migModes[gpu.mig_mode];
-          if (mode !== undefined) assert.equal(reading?.gpu.migMode, mode, file);
+          if (mode !== undefined) assert.equal(read?.migMode, mode, file);
+          const mine = asTruth(read);
+          const theirs = Object.fromEntries(Object.keys(mine).map((key) => [key, gpu[key as keyof typeof mine]]));
+          assert.deepEqual(mine, theirs, `${file}, GPU ${index}`);
         }
-        seen += readings.length;
+        seen += found.length;
       }
       assert.ok(seen >= 17);
       const damaged = parseNvidiaSmi(await readFile(join(samples, "xml/nvidia-qx-gb200-ecc-injected.xml"), "utf8"));
       assert.deepEqual(
-        damaged.readings.map(({ gpu }) => gpu.health),
+        damaged.gpus.map(({ health }) => health),
         [GpuHealth.UNHEALTHY, GpuHealth.HEALTHY],
       );
     });
   },
 );
 
-async function withTool(script: string, work: (nvidiaSmi: string) => Promise<void>): Promise<void> {
+async function withTool(script: string, work: (path: string) => Promise<void>): Promise<void> {
   const folder = await mkdtemp(join(tmpdir(), "clodei-smi-"));
   try {
-    const path = join(folder, "nvidia-smi");
+    const path = join(folder, "tool");
     await writeFile(path, `#!/bin/sh\n${script}\n`);
     await chmod(path, 0o755);
     await work(path);
@@ -201,31 +231,65 @@ async function withTool(script: string, work: (nvidiaSmi: string) => Promise<voi
   }
 }
 
-const searchPath = "/usr/bin:/bin";
+const tools = { nvidiaSmi: "no-such-tool", rocmSmi: "no-such-tool-either", searchPath: "/usr/bin:/bin" };
 
 describe("the tool itself", () => {
   it("is absent on a node without GPUs", async () => {
-    assert.deepEqual(await readGpus({ nvidiaSmi: "no-such-tool-anywhere", searchPath }), { readings: [], error: "" });
+    assert.deepEqual(await readGpus(tools), { gpus: [], error: "" });
   });
 
   it("finds none, fails, or prints and fails: each is told apart", async () => {
     await withTool("echo 'No devices were found'; exit 6", async (nvidiaSmi) => {
-      assert.deepEqual(await readGpus({ nvidiaSmi, searchPath }), { readings: [], error: "" });
+      assert.deepEqual(await readGpus({ ...tools, nvidiaSmi }), { gpus: [], error: "" });
     });
     await withTool("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", async (nvidiaSmi) => {
-      assert.match((await readGpus({ nvidiaSmi, searchPath })).error, /exit 18.*version mismatch/);
+      assert.match((await readGpus({ ...tools, nvidiaSmi })).error, /exit 18.*version mismatch/);
     });
     await withTool(`cat <<'X'\n${documentOf(gpuXml())}\nX\necho 'one GPU is lost' >&2; exit 15`, async (nvidiaSmi) => {
-      const { readings, error } = await readGpus({ nvidiaSmi, searchPath });
-      assert.equal(readings.length, 1);
+      const { gpus, error } = await readGpus({ ...tools, nvidiaSmi });
+      assert.equal(gpus.length, 1);
       assert.match(error, /one GPU is lost/);
+    });
+  });
+
+  it("tells how the GPUs are connected, and a table that is missing costs nothing else", async () => {
+    const both = documentOf(gpuXml(), gpuXml({ uuid: "GPU-2" }));
+    const asked = (topology: string) => `if [ "$1" = topo ]; then ${topology}; exit 0; fi\ncat <<'X'\n${both}\nX`;
+    await withTool(asked("printf '\\tGPU0\\tGPU1\\nGPU0\\t X \\tNV18\\nGPU1\\tNV18\\t X \\n'"), async (nvidiaSmi) => {
+      const { gpus } = await readGpus({ ...tools, nvidiaSmi });
+      assert.deepEqual(
+        gpus.map(({ links }) => links.map(({ uuid, kind }) => `${kind} ${uuid}`)),
+        [["NV18 GPU-2"], ["NV18 GPU-11111111-2222-3333-4444-555555555555"]],
+      );
+    });
+    await withTool(asked("echo 'no such option' >&2; exit 2"), async (nvidiaSmi) => {
+      const { gpus, error } = await readGpus({ ...tools, nvidiaSmi });
+      assert.deepEqual([gpus.length, gpus[0]?.links, error], [2, [], ""]);
+    });
+  });
+
+  it("is there for each vendor, and one that fails hides nothing of the other", async () => {
+    await withTool(`cat <<'X'\n${documentOf(gpuXml())}\nX`, async (nvidiaSmi) => {
+      const card = { "Unique ID": "0x79ccd55167a2124a", "VRAM Total Memory (B)": "34342961152" };
+      await withTool(`echo 'WARNING: old'; echo '${JSON.stringify({ card0: card })}'`, async (rocmSmi) => {
+        const { gpus, error } = await readGpus({ ...tools, nvidiaSmi, rocmSmi });
+        assert.deepEqual(
+          [gpus.map(({ uuid, index }) => `${index} ${uuid}`), error],
+          [["0 GPU-11111111-2222-3333-4444-555555555555", "1 GPU-79ccd55167a2124a"], ""],
+        );
+      });
+      await withTool("echo 'no driver' >&2; exit 1", async (rocmSmi) => {
+        const { gpus, error } = await readGpus({ ...tools, nvidiaSmi, rocmSmi });
+        assert.equal(gpus.length, 1);
+        assert.match(error, /exit 1.*no driver/);
+      });
     });
   });
 
   it("hangs: the answer comes at the deadline", async () => {
     await withTool("exec sleep 30", async (nvidiaSmi) => {
       const begin = performance.now();
-      const { error } = await readGpus({ nvidiaSmi, searchPath, timeoutMs: 200 });
+      const { error } = await readGpus({ ...tools, nvidiaSmi, timeoutMs: 200 });
       assert.match(error, /did not answer/);
       assert.ok(performance.now() - begin < 5000);
     });
@@ -235,10 +299,10 @@ describe("the tool itself", () => {
 describe("simulated GPUs", () => {
   it("say what they are, are the same after a restart, and are never another node's", () => {
     const models = parseSimulatedGpus("2xH100-SXM,1xL40S");
-    const names = (node: string) => simulateGpus(models, node).readings.map(({ gpu }) => gpu.uuid);
+    const names = (node: string) => simulateGpus(models, node).gpus.map(({ uuid }) => uuid);
     assert.deepEqual(names("a"), names("a"));
     assert.equal(new Set([...names("a"), ...names("b")]).size, 6);
-    for (const { gpu } of simulateGpus(models, "a").readings) {
+    for (const gpu of simulateGpus(models, "a").gpus) {
       assert.ok(gpu.simulated);
       assert.match(gpu.uuid, /^GPU-SIM-[0-9a-f]{32}$/);
     }
@@ -260,8 +324,14 @@ describe("the inventory", () => {
     using _listener = inventory.onChange(() => (changes += 1));
     await inventory.refresh();
     assert.equal(changes, 0);
+    // What moves all the time is told with the next report, and makes none.
+    const [gpu] = readings.gpus;
+    assert.ok(gpu !== undefined);
+    readings = { ...readings, gpus: [{ ...gpu, telemetry: create(GpuTelemetrySchema, { temperatureCelsius: 50 }) }] };
+    await inventory.refresh();
+    assert.deepEqual([changes, inventory.current().gpus[0]?.telemetry?.temperatureCelsius], [0, 50]);
     // The tool fails: the device that was there is not forgotten, and not offered.
-    readings = { readings: [], error: "driver mismatch" };
+    readings = { gpus: [], error: "driver mismatch" };
     await inventory.refresh();
     assert.equal(changes, 1);
     const { gpus, gpuError } = inventory.current();

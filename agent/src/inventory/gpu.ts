@@ -1,112 +1,101 @@
-// The node's GPUs: from nvidia-smi, or simulated by an explicit flag and never else. A tool that hangs (a GPU that
-// fell off the bus does that to it) is killed at a deadline and told as an error, so the agent itself never hangs.
+// The node's GPUs: from the drivers' own tools, or simulated by an explicit flag and never else.
 
-import { execFile } from "node:child_process";
 import { createHash } from "node:crypto";
+import { readFile } from "node:fs/promises";
 import { create } from "@bufbuild/protobuf";
 import type { GpuModel } from "@clodei/proto/gpu-models";
-import { GpuHealth, GpuSchema, MigMode } from "@clodei/proto/gen/clodei/v1/inventory";
+import { GpuHealth, GpuLinkSchema, GpuSchema, MigMode } from "@clodei/proto/gen/clodei/v1/inventory";
 import { parseNvidiaSmi } from "./nvidia-smi.ts";
-import type { GpuReadings } from "./nvidia-smi.ts";
+import { parseTopology } from "./nvidia-topology.ts";
+import { noGpus } from "./readings.ts";
+import type { GpuReadings } from "./readings.ts";
+import { parseRocmSmi } from "./rocm-smi.ts";
+import { callTool, describeFailure } from "./tool.ts";
 
-/** Eight H100 print 230 kB; 64 GPUs with long process lists stay below this. */
-const maxOutputBytes = 16 * 1024 * 1024;
-
-/** A healthy tool answers in under a second; with 8 GPUs and persistence mode off it takes up to 6. */
-const defaultTimeoutMs = 15_000;
-
-/** Reads the node's GPUs. No tool means no GPUs; a tool that fails means an error. Never throws but for an abort. */
-export async function readGpus(options: {
+/** The tools, and how to call them. */
+export interface GpuTools {
   readonly nvidiaSmi: string;
-  /** Where the tool is looked for, as PATH. Nothing else of the agent's environment reaches it. */
+  readonly rocmSmi: string;
+  /** Where tools are looked for, as PATH. */
   readonly searchPath: string;
   readonly timeoutMs?: number;
   readonly signal?: AbortSignal;
-}): Promise<GpuReadings> {
-  const outcome = await runTool(
-    options.nvidiaSmi,
-    options.searchPath,
-    options.timeoutMs ?? defaultTimeoutMs,
-    options.signal,
-  );
-  options.signal?.throwIfAborted();
-  switch (outcome.kind) {
-    case "absent":
-      return { readings: [], error: "" };
-    case "failed":
-      return { readings: [], error: outcome.message.slice(0, 1024) };
-    case "printed": {
-      const parsed = parseNvidiaSmi(outcome.stdout);
-      // A driver that lost one device prints the others and fails: keep both facts.
-      const error = [parsed.error, outcome.complaint].filter((part) => part !== "").join("; ");
-      return { readings: parsed.readings, error: error.slice(0, 1024) };
-    }
-  }
 }
 
-type Outcome =
-  | { readonly kind: "absent" }
-  | { readonly kind: "failed"; readonly message: string }
-  | { readonly kind: "printed"; readonly stdout: string; readonly complaint: string };
-
-function runTool(
-  path: string,
-  searchPath: string,
-  timeoutMs: number,
-  signal: AbortSignal | undefined,
-): Promise<Outcome> {
-  const { promise, resolve } = Promise.withResolvers<Outcome>();
-  let timedOut = false;
-  const tool = execFile(
-    path,
-    ["-q", "-x"],
-    {
-      maxBuffer: maxOutputBytes,
-      encoding: "utf8",
-      env: { PATH: searchPath, LC_ALL: "C" },
-      ...(signal === undefined ? {} : { signal }),
-    },
-    (error, stdout, stderr) => {
-      clearTimeout(timer);
-      if (timedOut) return;
-      resolve(judge(error, stdout, stderr));
-    },
-  );
-  // Not execFile's own timeout: a process stuck in the driver does not even die of SIGKILL, and execFile would wait
-  // for its pipes. The answer is given at the deadline, whatever becomes of the process.
-  const timer = setTimeout(() => {
-    timedOut = true;
-    tool.kill("SIGKILL");
-    tool.stdout?.destroy();
-    tool.stderr?.destroy();
-    tool.unref();
-    resolve({ kind: "failed", message: `nvidia-smi did not answer within ${timeoutMs} ms` });
-  }, timeoutMs);
-  return promise;
+/** Reads the node's GPUs. No tool means no GPUs; a tool that fails means an error. Never throws but for an abort. */
+export async function readGpus(tools: GpuTools): Promise<GpuReadings> {
+  const [nvidia, amd] = await Promise.all([readNvidiaGpus(tools), readAmdGpus(tools)]);
+  const error = [nvidia.error, amd.error].filter((part) => part !== "").join("; ");
+  // One count for the node: the second vendor's devices follow the first one's.
+  const others = amd.gpus.map((gpu) => create(GpuSchema, { ...gpu, index: gpu.index + nvidia.gpus.length }));
+  return { gpus: [...nvidia.gpus, ...others], error: error.slice(0, 1024) };
 }
 
-function judge(error: (Error & { code?: unknown }) | null, stdout: string, stderr: string): Outcome {
-  if (error === null) return { kind: "printed", stdout, complaint: "" };
-  if (error.code === "ENOENT") return { kind: "absent" };
-  const words = `${stdout.includes("<nvidia_smi_log") ? "" : stdout} ${stderr}`.replaceAll(/\s+/g, " ").trim();
-  const message = `nvidia-smi failed (${describeExit(error)})${words === "" ? "" : `: ${words}`}`;
+async function readNvidiaGpus({ nvidiaSmi: tool, ...how }: GpuTools): Promise<GpuReadings> {
+  const outcome = await callTool({ ...how, tool, args: ["-q", "-x"] });
+  if (outcome.kind === "absent") return noGpus;
+  if (outcome.kind === "hung") return { gpus: [], error: outcome.message };
+  const { stdout, failure } = outcome;
+  if (failure === undefined) return withLinks(parseNvidiaSmi(stdout), { ...how, nvidiaSmi: tool });
+  const isDocument = stdout.includes("<nvidia_smi_log");
   // Exit 6 with these words is the tool's way to say "none"; a driver that failed says other words.
-  if (words === "No devices were found") return { kind: "printed", stdout: "<nvidia_smi_log/>", complaint: "" };
-  return stdout.includes("</nvidia_smi_log>")
-    ? { kind: "printed", stdout, complaint: message }
-    : { kind: "failed", message };
+  if (`${stdout} ${failure.stderr}`.trim() === "No devices were found") return noGpus;
+  const message = describeFailure(tool, failure, isDocument ? "" : stdout);
+  if (!isDocument) return { gpus: [], error: message };
+  const { gpus, error } = await withLinks(parseNvidiaSmi(stdout), { ...how, nvidiaSmi: tool });
+  return { gpus, error: error === "" ? message : `${error}; ${message}` };
 }
 
-function describeExit(error: Error & { code?: unknown; signal?: unknown }): string {
-  if (typeof error.code === "number") return `exit ${error.code}`;
-  if (typeof error.signal === "string") return error.signal;
-  return typeof error.code === "string" ? error.code : "unknown";
+async function readAmdGpus({ rocmSmi: tool, ...how }: GpuTools): Promise<GpuReadings> {
+  const outcome = await callTool({ ...how, tool, args: ["--showallinfo", "--json"] });
+  if (outcome.kind === "absent") return noGpus;
+  if (outcome.kind === "hung") return { gpus: [], error: outcome.message };
+  const { stdout, failure } = outcome;
+  if (failure === undefined) return parseRocmSmi(stdout);
+  if (!stdout.includes("{")) return { gpus: [], error: describeFailure(tool, failure, stdout) };
+  const { gpus, error } = parseRocmSmi(stdout);
+  const message = describeFailure(tool, failure, "");
+  return { gpus, error: error === "" ? message : `${error}; ${message}` };
+}
+
+/**
+ * Adds how each GPU is connected to the others, and its NUMA node. What cannot be told of that is left out, and is no
+ * error: nothing is placed by it.
+ */
+async function withLinks(
+  { gpus, error }: GpuReadings,
+  { nvidiaSmi: tool, ...how }: Omit<GpuTools, "rocmSmi">,
+): Promise<GpuReadings> {
+  const topology = gpus.length < 2 ? undefined : await callTool({ ...how, tool, args: ["topo", "-m"] });
+  const links = topology?.kind === "ended" ? parseTopology(topology.stdout) : [];
+  const uuids = new Map(gpus.map(({ index, uuid }) => [index, uuid]));
+  const linked = gpus.map(async (gpu) => {
+    const numaNode = await numaNodeOf(gpu.pciAddress);
+    const own = links.filter(({ from }) => from === gpu.index);
+    return create(GpuSchema, {
+      ...gpu,
+      links: own.flatMap(({ to, kind }) => {
+        const uuid = uuids.get(to);
+        return uuid === undefined ? [] : create(GpuLinkSchema, { uuid, kind });
+      }),
+      ...(numaNode === undefined ? {} : { numaNode }),
+    });
+  });
+  return { gpus: await Promise.all(linked), error };
+}
+
+/** The kernel's word. It writes -1 where the machine has one memory only, and writes addresses with a short domain. */
+async function numaNodeOf(pciAddress: string): Promise<number | undefined> {
+  const match = /^(?:0000)?([0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])$/.exec(pciAddress.toLowerCase());
+  if (match === null) return undefined;
+  const text = await readFile(`/sys/bus/pci/devices/${match[1]}/numa_node`, "latin1").catch(() => "");
+  return /^[0-9]{1,4}\n?$/.test(text) ? Number(text) : undefined;
 }
 
 /** GPUs that do not exist. The name of each says so, and derives from the node, so that two nodes never share one. */
 export function simulateGpus(models: readonly GpuModel[], nodeName: string): GpuReadings {
-  const readings = models.map((details, index) => {
-    const gpu = create(GpuSchema, {
+  const gpus = models.map((details, index) =>
+    create(GpuSchema, {
       uuid: simulatedGpuUuid(nodeName, index),
       productName: details.productName,
       model: details.model,
@@ -115,10 +104,10 @@ export function simulateGpus(models: readonly GpuModel[], nodeName: string): Gpu
       health: GpuHealth.HEALTHY,
       simulated: true,
       index,
-    });
-    return { gpu, utilizationPercent: 0, memoryUsedMib: 0 };
-  });
-  return { readings, error: "" };
+      telemetry: { utilizationPercent: 0, memoryUsedMib: 0 },
+    }),
+  );
+  return { gpus, error: "" };
 }
 
 /** `GPU-SIM-<hash of node and index>`: the same after a restart. */

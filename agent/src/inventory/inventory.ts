@@ -5,10 +5,10 @@ import { create, equals } from "@bufbuild/protobuf";
 import { GpuStatusSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { GpuStatus } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { GpuHealth, GpuSchema, NodeInventorySchema } from "@clodei/proto/gen/clodei/v1/inventory";
-import type { Host, NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
+import type { Gpu, Host, NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
 import { sleep } from "../sleep.ts";
 import { freeMib } from "./host.ts";
-import type { GpuReading, GpuReadings } from "./nvidia-smi.ts";
+import type { GpuReadings } from "./readings.ts";
 
 /** What changes an inventory is told about: how often GPUs are read. As often as heartbeats carry their health. */
 const refreshIntervalMs = 10_000;
@@ -48,13 +48,13 @@ export class Inventory {
 
   /** Health and use of each GPU, for a heartbeat. */
   gpuStatuses(): GpuStatus[] {
-    return this.#readings.readings.map(({ gpu, utilizationPercent, memoryUsedMib }) =>
+    return this.#readings.gpus.map(({ uuid, health, healthMessage, telemetry }) =>
       create(GpuStatusSchema, {
-        uuid: gpu.uuid,
-        health: gpu.health,
-        healthMessage: gpu.healthMessage,
-        ...(utilizationPercent === undefined ? {} : { utilizationPercent }),
-        ...(memoryUsedMib === undefined ? {} : { memoryUsedMib }),
+        uuid,
+        health,
+        healthMessage,
+        ...(telemetry?.utilizationPercent === undefined ? {} : { utilizationPercent: telemetry.utilizationPercent }),
+        ...(telemetry?.memoryUsedMib === undefined ? {} : { memoryUsedMib: telemetry.memoryUsedMib }),
       }),
     );
   }
@@ -70,12 +70,13 @@ export class Inventory {
     const [readings, free] = await Promise.all([this.#readGpus(signal), freeMib(this.#workspaceFolder)]);
     // A tool that fails now says nothing about devices seen before: they stay, and the error is told beside them.
     this.#readings =
-      readings.error !== "" && readings.readings.length === 0 && this.#readings.readings.length > 0
-        ? { readings: this.#readings.readings.map(lost(readings.error)), error: readings.error }
+      readings.error !== "" && readings.gpus.length === 0 && this.#readings.gpus.length > 0
+        ? { gpus: this.#readings.gpus.map((gpu) => lost(gpu, readings.error)), error: readings.error }
         : readings;
     const next = this.#compose(this.#readings, free);
-    if (equals(NodeInventorySchema, next, this.#current)) return;
+    const isSame = equals(NodeInventorySchema, withoutTelemetry(next), withoutTelemetry(this.#current));
     this.#current = next;
+    if (isSame) return;
     for (const listener of this.#listeners) listener();
   }
 
@@ -90,7 +91,7 @@ export class Inventory {
   #compose(readings: GpuReadings, free: number | undefined): NodeInventory {
     const workspaceFreeMib = Math.min(Math.floor((free ?? 0) / freeStepMib) * freeStepMib, 0xffff_ffff);
     return create(NodeInventorySchema, {
-      gpus: readings.readings.map(({ gpu }) => gpu),
+      gpus: [...readings.gpus],
       gpuError: readings.error,
       host: { ...this.#host, dockerVersion: this.#dockerVersion().slice(0, 64), workspaceFreeMib },
     });
@@ -106,10 +107,15 @@ export interface InventoryOptions {
   readonly dockerVersion: () => string;
 }
 
-function lost(error: string): (reading: GpuReading) => GpuReading {
-  return ({ gpu }) => ({
-    gpu: create(GpuSchema, { ...gpu, health: GpuHealth.UNHEALTHY, healthMessage: error }),
-    utilizationPercent: undefined,
-    memoryUsedMib: undefined,
+function lost(gpu: Gpu, error: string): Gpu {
+  const { telemetry: _, ...rest } = gpu;
+  return create(GpuSchema, { ...rest, health: GpuHealth.UNHEALTHY, healthMessage: error });
+}
+
+/** What is compared: that a temperature moved makes no new inventory. */
+function withoutTelemetry(inventory: NodeInventory): NodeInventory {
+  return create(NodeInventorySchema, {
+    ...inventory,
+    gpus: inventory.gpus.map(({ telemetry: _, ...gpu }) => create(GpuSchema, gpu)),
   });
 }

@@ -11,7 +11,7 @@ import type { Message, UnknownEnum } from "@bufbuild/protobuf";
  * Describes the file clodei/v1/inventory.proto.
  */
 export const file_clodei_v1_inventory: GenFile = /*@__PURE__*/
-  fileDesc("ChljbG9kZWkvdjEvaW52ZW50b3J5LnByb3RvEgljbG9kZWkudjEiewoNTm9kZUludmVudG9yeRImCgRncHVzGAEgAygLMg4uY2xvZGVpLnYxLkdwdUIIukgFkgECEEASJQoEaG9zdBgCIAEoCzIPLmNsb2RlaS52MS5Ib3N0Qga6SAPIAQESGwoJZ3B1X2Vycm9yGAMgASgJQgi6SAVyAxiACCKpAwoDR3B1Ei0KBHV1aWQYASABKAlCH7pIHHIaMhheR1BVLVtBLVphLXowLTktXXsxLDgwfSQSHgoMcHJvZHVjdF9uYW1lGAIgASgJQgi6SAVyAxiAARI9CgVtb2RlbBgDIAEoCUIuukgrcikyJ14oW0EtWjAtOV0oW0EtWjAtOS1dezAsMzh9W0EtWjAtOV0pPyk/JBISCgptZW1vcnlfbWliGAQgASgNEh8KDmRyaXZlcl92ZXJzaW9uGAUgASgJQge6SARyAhhAEh0KDGN1ZGFfdmVyc2lvbhgGIAEoCUIHukgEcgIYQBIcCgtwY2lfYWRkcmVzcxgHIAEoCUIHukgEcgIYQBIuCghtaWdfbW9kZRgIIAEoDjISLmNsb2RlaS52MS5NaWdNb2RlQgi6SAWCAQIQARIuCgZoZWFsdGgYCSABKA4yFC5jbG9kZWkudjEuR3B1SGVhbHRoQgi6SAWCAQIQARIgCg5oZWFsdGhfbWVzc2FnZRgKIAEoCUIIukgFcgMYgAgSEQoJc2ltdWxhdGVkGAsgASgIEg0KBWluZGV4GAwgASgNItMCCgRIb3N0EhoKCGhvc3RuYW1lGAEgASgJQgi6SAVyAxj/ARIdCgljcHVfY291bnQYAiABKA1CCrpIByoFGIAgKAESGwoJY3B1X21vZGVsGAMgASgJQgi6SAVyAxiAAhIbCgptZW1vcnlfbWliGAQgASgNQge6SAQqAigBEikKBWRpc2tzGAUgAygLMg8uY2xvZGVpLnYxLkRpc2tCCbpIBpIBAxCAARIUCgJvcxgGIAEoCUIIukgFcgMYgAISGAoGa2VybmVsGAcgASgJQgi6SAVyAxiAAhIdCgxhcmNoaXRlY3R1cmUYCCABKAlCB7pIBHICGCASHwoOdmlydHVhbGl6YXRpb24YCSABKAlCB7pIBHICGEASHwoOZG9ja2VyX3ZlcnNpb24YCiABKAlCB7pIBHICGEASGgoSd29ya3NwYWNlX2ZyZWVfbWliGAsgASgNImIKBERpc2sSGAoGZGV2aWNlGAEgASgJQgi6SAVyAxiAARIVCgR0eXBlGAIgASgJQge6SARyAhggEhAKCHNpemVfbWliGAMgASgEEhcKBW1vZGVsGAQgASgJQgi6SAVyAxiAASpqCgdNaWdNb2RlEhgKFE1JR19NT0RFX1VOU1BFQ0lGSUVEEAASGAoUTUlHX01PREVfVU5TVVBQT1JURUQQARIVChFNSUdfTU9ERV9ESVNBQkxFRBACEhQKEE1JR19NT0RFX0VOQUJMRUQQAypZCglHcHVIZWFsdGgSGgoWR1BVX0hFQUxUSF9VTlNQRUNJRklFRBAAEhYKEkdQVV9IRUFMVEhfSEVBTFRIWRABEhgKFEdQVV9IRUFMVEhfVU5IRUFMVEhZEAJiBnByb3RvMw", [file_buf_validate_validate]);
+  fileDesc("ChljbG9kZWkvdjEvaW52ZW50b3J5LnByb3RvEgljbG9kZWkudjEiewoNTm9kZUludmVudG9yeRImCgRncHVzGAEgAygLMg4uY2xvZGVpLnYxLkdwdUIIukgFkgECEEASJQoEaG9zdBgCIAEoCzIPLmNsb2RlaS52MS5Ib3N0Qga6SAPIAQESGwoJZ3B1X2Vycm9yGAMgASgJQgi6SAVyAxiACCLJBgoDR3B1Ei0KBHV1aWQYASABKAlCH7pIHHIaMhheR1BVLVtBLVphLXowLTktXXsxLDgwfSQSHgoMcHJvZHVjdF9uYW1lGAIgASgJQgi6SAVyAxiAARI9CgVtb2RlbBgDIAEoCUIuukgrcikyJ14oW0EtWjAtOV0oW0EtWjAtOS1dezAsMzh9W0EtWjAtOV0pPyk/JBISCgptZW1vcnlfbWliGAQgASgNEh8KDmRyaXZlcl92ZXJzaW9uGAUgASgJQge6SARyAhhAEh0KDGN1ZGFfdmVyc2lvbhgGIAEoCUIHukgEcgIYQBIcCgtwY2lfYWRkcmVzcxgHIAEoCUIHukgEcgIYQBIuCghtaWdfbW9kZRgIIAEoDjISLmNsb2RlaS52MS5NaWdNb2RlQgi6SAWCAQIQARIuCgZoZWFsdGgYCSABKA4yFC5jbG9kZWkudjEuR3B1SGVhbHRoQgi6SAWCAQIQARIgCg5oZWFsdGhfbWVzc2FnZRgKIAEoCUIIukgFcgMYgAgSEQoJc2ltdWxhdGVkGAsgASgIEg0KBWluZGV4GAwgASgNEhcKBnNlcmlhbBgNIAEoCUIHukgEcgIYQBIeCgNlY2MYDiABKAsyES5jbG9kZWkudjEuR3B1RWNjEi4KDXJldGlyZWRfcGFnZXMYDyABKAsyFy5jbG9kZWkudjEuUmV0aXJlZFBhZ2VzEi4KDXJlbWFwcGVkX3Jvd3MYECABKAsyFy5jbG9kZWkudjEuUmVtYXBwZWRSb3dzEjMKC21pZ19kZXZpY2VzGBEgAygLMhQuY2xvZGVpLnYxLk1pZ0RldmljZUIIukgFkgECEEASHQoQcGVyc2lzdGVuY2VfbW9kZRgSIAEoCEgAiAEBEh0KDGNvbXB1dGVfbW9kZRgTIAEoCUIHukgEcgIYIBIrCgVsaW5rcxgUIAMoCzISLmNsb2RlaS52MS5HcHVMaW5rQgi6SAWSAQIQQBIWCgludW1hX25vZGUYFSABKA1IAYgBARIqCgl0ZWxlbWV0cnkYFiABKAsyFy5jbG9kZWkudjEuR3B1VGVsZW1ldHJ5QhMKEV9wZXJzaXN0ZW5jZV9tb2RlQgwKCl9udW1hX25vZGUiWQoGR3B1RWNjEiYKCHZvbGF0aWxlGAEgASgLMhQuY2xvZGVpLnYxLkVjY0NvdW50cxInCglhZ2dyZWdhdGUYAiABKAsyFC5jbG9kZWkudjEuRWNjQ291bnRzIlsKCUVjY0NvdW50cxIWCgljb3JyZWN0ZWQYASABKARIAIgBARIYCgt1bmNvcnJlY3RlZBgCIAEoBEgBiAEBQgwKCl9jb3JyZWN0ZWRCDgoMX3VuY29ycmVjdGVkIoABCgxSZXRpcmVkUGFnZXMSFgoJY29ycmVjdGVkGAEgASgNSACIAQESGAoLdW5jb3JyZWN0ZWQYAiABKA1IAYgBARIUCgdwZW5kaW5nGAMgASgISAKIAQFCDAoKX2NvcnJlY3RlZEIOCgxfdW5jb3JyZWN0ZWRCCgoIX3BlbmRpbmcioAEKDFJlbWFwcGVkUm93cxIWCgljb3JyZWN0ZWQYASABKA1IAIgBARIYCgt1bmNvcnJlY3RlZBgCIAEoDUgBiAEBEhQKB3BlbmRpbmcYAyABKAhIAogBARITCgZmYWlsZWQYBCABKAhIA4gBAUIMCgpfY29ycmVjdGVkQg4KDF91bmNvcnJlY3RlZEIKCghfcGVuZGluZ0IJCgdfZmFpbGVkIuoBCglNaWdEZXZpY2USDQoFaW5kZXgYASABKA0SHAoPZ3B1X2luc3RhbmNlX2lkGAIgASgNSACIAQESIAoTY29tcHV0ZV9pbnN0YW5jZV9pZBgDIAEoDUgBiAEBEhcKCm1lbW9yeV9taWIYBCABKA1IAogBARIhChRtdWx0aXByb2Nlc3Nvcl9jb3VudBgFIAEoDUgDiAEBQhIKEF9ncHVfaW5zdGFuY2VfaWRCFgoUX2NvbXB1dGVfaW5zdGFuY2VfaWRCDQoLX21lbW9yeV9taWJCFwoVX211bHRpcHJvY2Vzc29yX2NvdW50IjcKB0dwdUxpbmsSFQoEdXVpZBgBIAEoCUIHukgEcgIYYBIVCgRraW5kGAIgASgJQge6SARyAhgQIocFCgxHcHVUZWxlbWV0cnkSIAoTdXRpbGl6YXRpb25fcGVyY2VudBgBIAEoDUgAiAEBEicKGm1lbW9yeV91dGlsaXphdGlvbl9wZXJjZW50GAIgASgNSAGIAQESHAoPbWVtb3J5X3VzZWRfbWliGAMgASgNSAKIAQESGAoLcG93ZXJfd2F0dHMYBCABKAFIA4gBARIeChFwb3dlcl9saW1pdF93YXR0cxgFIAEoAUgEiAEBEiAKE3RlbXBlcmF0dXJlX2NlbHNpdXMYBiABKA1IBYgBARInChptZW1vcnlfdGVtcGVyYXR1cmVfY2Vsc2l1cxgHIAEoDUgGiAEBEhkKDHNtX2Nsb2NrX21oehgIIAEoDUgHiAEBEh0KEG1lbW9yeV9jbG9ja19taHoYCSABKA1ICIgBARIiChFwZXJmb3JtYW5jZV9zdGF0ZRgKIAEoCUIHukgEcgIYCBIoChB0aHJvdHRsZV9yZWFzb25zGAsgAygJQg66SAuSAQgQICIEcgIYQBIzCglwcm9jZXNzZXMYDCADKAsyFS5jbG9kZWkudjEuR3B1UHJvY2Vzc0IJukgGkgEDEIACQhYKFF91dGlsaXphdGlvbl9wZXJjZW50Qh0KG19tZW1vcnlfdXRpbGl6YXRpb25fcGVyY2VudEISChBfbWVtb3J5X3VzZWRfbWliQg4KDF9wb3dlcl93YXR0c0IUChJfcG93ZXJfbGltaXRfd2F0dHNCFgoUX3RlbXBlcmF0dXJlX2NlbHNpdXNCHQobX21lbW9yeV90ZW1wZXJhdHVyZV9jZWxzaXVzQg8KDV9zbV9jbG9ja19taHpCEwoRX21lbW9yeV9jbG9ja19taHoiYgoKR3B1UHJvY2VzcxILCgNwaWQYASABKA0SFQoEdHlwZRgCIAEoCUIHukgEcgIYCBIcCg9tZW1vcnlfdXNlZF9taWIYAyABKA1IAIgBAUISChBfbWVtb3J5X3VzZWRfbWliIr0ECgRIb3N0EhoKCGhvc3RuYW1lGAEgASgJQgi6SAVyAxj/ARIdCgljcHVfY291bnQYAiABKA1CCrpIByoFGIAgKAESGwoJY3B1X21vZGVsGAMgASgJQgi6SAVyAxiAAhIbCgptZW1vcnlfbWliGAQgASgNQge6SAQqAigBEikKBWRpc2tzGAUgAygLMg8uY2xvZGVpLnYxLkRpc2tCCbpIBpIBAxCAARIUCgJvcxgGIAEoCUIIukgFcgMYgAISGAoGa2VybmVsGAcgASgJQgi6SAVyAxiAAhIdCgxhcmNoaXRlY3R1cmUYCCABKAlCB7pIBHICGCASHwoOdmlydHVhbGl6YXRpb24YCSABKAlCB7pIBHICGEASHwoOZG9ja2VyX3ZlcnNpb24YCiABKAlCB7pIBHICGEASGgoSd29ya3NwYWNlX2ZyZWVfbWliGAsgASgNEhgKC2NwdV9zb2NrZXRzGAwgASgNSACIAQESFgoJY3B1X2NvcmVzGA0gASgNSAGIAQESFQoIc3dhcF9taWIYDiABKA1IAogBARIxCgpudW1hX25vZGVzGA8gAygLMhMuY2xvZGVpLnYxLk51bWFOb2RlQgi6SAWSAQIQQBJBChJuZXR3b3JrX2ludGVyZmFjZXMYECADKAsyGy5jbG9kZWkudjEuTmV0d29ya0ludGVyZmFjZUIIukgFkgECEEBCDgoMX2NwdV9zb2NrZXRzQgwKCl9jcHVfY29yZXNCCwoJX3N3YXBfbWliIlkKCE51bWFOb2RlEg0KBWluZGV4GAEgASgNEhYKBGNwdXMYAiABKAlCCLpIBXIDGIACEhcKCm1lbW9yeV9taWIYAyABKA1IAIgBAUINCgtfbWVtb3J5X21pYiJ0ChBOZXR3b3JrSW50ZXJmYWNlEhUKBG5hbWUYASABKAlCB7pIBHICGEASFQoEdHlwZRgCIAEoCUIHukgEcgIYIBIXCgpzcGVlZF9tYnBzGAMgASgNSACIAQESCgoCdXAYBCABKAhCDQoLX3NwZWVkX21icHMiYgoERGlzaxIYCgZkZXZpY2UYASABKAlCCLpIBXIDGIABEhUKBHR5cGUYAiABKAlCB7pIBHICGCASEAoIc2l6ZV9taWIYAyABKAQSFwoFbW9kZWwYBCABKAlCCLpIBXIDGIABKmoKB01pZ01vZGUSGAoUTUlHX01PREVfVU5TUEVDSUZJRUQQABIYChRNSUdfTU9ERV9VTlNVUFBPUlRFRBABEhUKEU1JR19NT0RFX0RJU0FCTEVEEAISFAoQTUlHX01PREVfRU5BQkxFRBADKlkKCUdwdUhlYWx0aBIaChZHUFVfSEVBTFRIX1VOU1BFQ0lGSUVEEAASFgoSR1BVX0hFQUxUSF9IRUFMVEhZEAESGAoUR1BVX0hFQUxUSF9VTkhFQUxUSFkQAmIGcHJvdG8z", [file_buf_validate_validate]);
 
 /**
  * What a node has, as its agent read it from the node's own tools.
@@ -137,6 +137,76 @@ export type Gpu = Message<"clodei.v1.Gpu"> & {
    * @generated from field: uint32 index = 12;
    */
   index: number;
+
+  /**
+   * The board's serial number. Empty where the tool gives none.
+   *
+   * @generated from field: string serial = 13;
+   */
+  serial: string;
+
+  /**
+   * What its error correction counted. Absent where it has none, or where it is off.
+   *
+   * @generated from field: clodei.v1.GpuEcc ecc = 14;
+   */
+  ecc?: GpuEcc | undefined;
+
+  /**
+   * Memory pages that it took out of use (up to the Volta generation). Absent: not reported.
+   *
+   * @generated from field: clodei.v1.RetiredPages retired_pages = 15;
+   */
+  retiredPages?: RetiredPages | undefined;
+
+  /**
+   * Memory rows that it replaced by spare ones (from the Ampere generation on). Absent: not reported.
+   *
+   * @generated from field: clodei.v1.RemappedRows remapped_rows = 16;
+   */
+  remappedRows?: RemappedRows | undefined;
+
+  /**
+   * The parts that MIG split it into.
+   *
+   * @generated from field: repeated clodei.v1.MigDevice mig_devices = 17;
+   */
+  migDevices: MigDevice[];
+
+  /**
+   * Whether the driver stays loaded while nobody uses the GPU. Absent: not reported.
+   *
+   * @generated from field: optional bool persistence_mode = 18;
+   */
+  persistenceMode?: boolean | undefined;
+
+  /**
+   * Who may use it at a time, in the tool's words: "Default", "Exclusive_Process", "Prohibited". Empty: not reported.
+   *
+   * @generated from field: string compute_mode = 19;
+   */
+  computeMode: string;
+
+  /**
+   * How it is connected to the node's other GPUs.
+   *
+   * @generated from field: repeated clodei.v1.GpuLink links = 20;
+   */
+  links: GpuLink[];
+
+  /**
+   * The NUMA node that it is next to. Absent: not reported.
+   *
+   * @generated from field: optional uint32 numa_node = 21;
+   */
+  numaNode?: number | undefined;
+
+  /**
+   * What moves all the time, as it was when this report was made. That it moved makes no new report.
+   *
+   * @generated from field: clodei.v1.GpuTelemetry telemetry = 22;
+   */
+  telemetry?: GpuTelemetry | undefined;
 };
 
 /**
@@ -145,6 +215,349 @@ export type Gpu = Message<"clodei.v1.Gpu"> & {
  */
 export const GpuSchema: GenMessage<Gpu> = /*@__PURE__*/
   messageDesc(file_clodei_v1_inventory, 1);
+
+/**
+ * What a GPU's error correction counted.
+ *
+ * @generated from message clodei.v1.GpuEcc
+ */
+export type GpuEcc = Message<"clodei.v1.GpuEcc"> & {
+  /**
+   * Since the driver was loaded.
+   *
+   * @generated from field: clodei.v1.EccCounts volatile = 1;
+   */
+  volatile?: EccCounts | undefined;
+
+  /**
+   * In the life of the board.
+   *
+   * @generated from field: clodei.v1.EccCounts aggregate = 2;
+   */
+  aggregate?: EccCounts | undefined;
+};
+
+/**
+ * Describes the message clodei.v1.GpuEcc.
+ * Use `create(GpuEccSchema)` to create a new message.
+ */
+export const GpuEccSchema: GenMessage<GpuEcc> = /*@__PURE__*/
+  messageDesc(file_clodei_v1_inventory, 2);
+
+/**
+ * Memory errors: the sums of the counters that the tool gives. Each is absent where it gives none.
+ *
+ * @generated from message clodei.v1.EccCounts
+ */
+export type EccCounts = Message<"clodei.v1.EccCounts"> & {
+  /**
+   * Corrected ones, in whatever memory.
+   *
+   * @generated from field: optional uint64 corrected = 1;
+   */
+  corrected?: bigint | undefined;
+
+  /**
+   * Ones that could not be corrected, in whatever memory.
+   *
+   * @generated from field: optional uint64 uncorrected = 2;
+   */
+  uncorrected?: bigint | undefined;
+};
+
+/**
+ * Describes the message clodei.v1.EccCounts.
+ * Use `create(EccCountsSchema)` to create a new message.
+ */
+export const EccCountsSchema: GenMessage<EccCounts> = /*@__PURE__*/
+  messageDesc(file_clodei_v1_inventory, 3);
+
+/**
+ * Memory pages out of use.
+ *
+ * @generated from message clodei.v1.RetiredPages
+ */
+export type RetiredPages = Message<"clodei.v1.RetiredPages"> & {
+  /**
+   * Because of several corrected errors. Absent: not reported.
+   *
+   * @generated from field: optional uint32 corrected = 1;
+   */
+  corrected?: number | undefined;
+
+  /**
+   * Because of an uncorrected error. Absent: not reported.
+   *
+   * @generated from field: optional uint32 uncorrected = 2;
+   */
+  uncorrected?: number | undefined;
+
+  /**
+   * Whether more wait for a reset. Absent: not reported.
+   *
+   * @generated from field: optional bool pending = 3;
+   */
+  pending?: boolean | undefined;
+};
+
+/**
+ * Describes the message clodei.v1.RetiredPages.
+ * Use `create(RetiredPagesSchema)` to create a new message.
+ */
+export const RetiredPagesSchema: GenMessage<RetiredPages> = /*@__PURE__*/
+  messageDesc(file_clodei_v1_inventory, 4);
+
+/**
+ * Memory rows replaced by spare ones.
+ *
+ * @generated from message clodei.v1.RemappedRows
+ */
+export type RemappedRows = Message<"clodei.v1.RemappedRows"> & {
+  /**
+   * Because of corrected errors. Absent: not reported.
+   *
+   * @generated from field: optional uint32 corrected = 1;
+   */
+  corrected?: number | undefined;
+
+  /**
+   * Because of uncorrected errors. Absent: not reported.
+   *
+   * @generated from field: optional uint32 uncorrected = 2;
+   */
+  uncorrected?: number | undefined;
+
+  /**
+   * Whether more wait for a reset. Absent: not reported.
+   *
+   * @generated from field: optional bool pending = 3;
+   */
+  pending?: boolean | undefined;
+
+  /**
+   * Whether a row could not be replaced: the board is to be exchanged. Absent: not reported.
+   *
+   * @generated from field: optional bool failed = 4;
+   */
+  failed?: boolean | undefined;
+};
+
+/**
+ * Describes the message clodei.v1.RemappedRows.
+ * Use `create(RemappedRowsSchema)` to create a new message.
+ */
+export const RemappedRowsSchema: GenMessage<RemappedRows> = /*@__PURE__*/
+  messageDesc(file_clodei_v1_inventory, 5);
+
+/**
+ * A part of a GPU that MIG made.
+ *
+ * @generated from message clodei.v1.MigDevice
+ */
+export type MigDevice = Message<"clodei.v1.MigDevice"> & {
+  /**
+   * The driver's number for it on its GPU, from 0.
+   *
+   * @generated from field: uint32 index = 1;
+   */
+  index: number;
+
+  /**
+   * Number of its GPU instance. Absent: not reported.
+   *
+   * @generated from field: optional uint32 gpu_instance_id = 2;
+   */
+  gpuInstanceId?: number | undefined;
+
+  /**
+   * Number of its compute instance. Absent: not reported.
+   *
+   * @generated from field: optional uint32 compute_instance_id = 3;
+   */
+  computeInstanceId?: number | undefined;
+
+  /**
+   * Its memory in MiB. Absent: not reported.
+   *
+   * @generated from field: optional uint32 memory_mib = 4;
+   */
+  memoryMib?: number | undefined;
+
+  /**
+   * Its multiprocessors. Absent: not reported.
+   *
+   * @generated from field: optional uint32 multiprocessor_count = 5;
+   */
+  multiprocessorCount?: number | undefined;
+};
+
+/**
+ * Describes the message clodei.v1.MigDevice.
+ * Use `create(MigDeviceSchema)` to create a new message.
+ */
+export const MigDeviceSchema: GenMessage<MigDevice> = /*@__PURE__*/
+  messageDesc(file_clodei_v1_inventory, 6);
+
+/**
+ * A connection to another GPU of the node.
+ *
+ * @generated from message clodei.v1.GpuLink
+ */
+export type GpuLink = Message<"clodei.v1.GpuLink"> & {
+  /**
+   * The other one's UUID.
+   *
+   * @generated from field: string uuid = 1;
+   */
+  uuid: string;
+
+  /**
+   * The kind of connection, in the words of `nvidia-smi topo -m`: "NV18" (18 NVLinks), "PIX", "PXB", "PHB", "NODE", "SYS".
+   *
+   * @generated from field: string kind = 2;
+   */
+  kind: string;
+};
+
+/**
+ * Describes the message clodei.v1.GpuLink.
+ * Use `create(GpuLinkSchema)` to create a new message.
+ */
+export const GpuLinkSchema: GenMessage<GpuLink> = /*@__PURE__*/
+  messageDesc(file_clodei_v1_inventory, 7);
+
+/**
+ * Values of a GPU that move. Each is absent where the tool does not say.
+ *
+ * @generated from message clodei.v1.GpuTelemetry
+ */
+export type GpuTelemetry = Message<"clodei.v1.GpuTelemetry"> & {
+  /**
+   * Share of time in which it worked, in percent.
+   *
+   * @generated from field: optional uint32 utilization_percent = 1;
+   */
+  utilizationPercent?: number | undefined;
+
+  /**
+   * Share of time in which its memory was read or written, in percent.
+   *
+   * @generated from field: optional uint32 memory_utilization_percent = 2;
+   */
+  memoryUtilizationPercent?: number | undefined;
+
+  /**
+   * Memory in use, in MiB.
+   *
+   * @generated from field: optional uint32 memory_used_mib = 3;
+   */
+  memoryUsedMib?: number | undefined;
+
+  /**
+   * Power draw, in watts.
+   *
+   * @generated from field: optional double power_watts = 4;
+   */
+  powerWatts?: number | undefined;
+
+  /**
+   * The limit of its power draw, in watts.
+   *
+   * @generated from field: optional double power_limit_watts = 5;
+   */
+  powerLimitWatts?: number | undefined;
+
+  /**
+   * Temperature of the chip, in degrees Celsius.
+   *
+   * @generated from field: optional uint32 temperature_celsius = 6;
+   */
+  temperatureCelsius?: number | undefined;
+
+  /**
+   * Temperature of the memory, in degrees Celsius.
+   *
+   * @generated from field: optional uint32 memory_temperature_celsius = 7;
+   */
+  memoryTemperatureCelsius?: number | undefined;
+
+  /**
+   * Clock of the multiprocessors, in MHz.
+   *
+   * @generated from field: optional uint32 sm_clock_mhz = 8;
+   */
+  smClockMhz?: number | undefined;
+
+  /**
+   * Clock of the memory, in MHz.
+   *
+   * @generated from field: optional uint32 memory_clock_mhz = 9;
+   */
+  memoryClockMhz?: number | undefined;
+
+  /**
+   * Performance state, "P0" (fastest) to "P15". Empty: not reported.
+   *
+   * @generated from field: string performance_state = 10;
+   */
+  performanceState: string;
+
+  /**
+   * Why its clocks are lower than they could be, in the tool's words: "hw_thermal_slowdown", "sw_power_cap", …
+   *
+   * @generated from field: repeated string throttle_reasons = 11;
+   */
+  throttleReasons: string[];
+
+  /**
+   * Processes that use it. Their names are not told: a customer's are the customer's own.
+   *
+   * @generated from field: repeated clodei.v1.GpuProcess processes = 12;
+   */
+  processes: GpuProcess[];
+};
+
+/**
+ * Describes the message clodei.v1.GpuTelemetry.
+ * Use `create(GpuTelemetrySchema)` to create a new message.
+ */
+export const GpuTelemetrySchema: GenMessage<GpuTelemetry> = /*@__PURE__*/
+  messageDesc(file_clodei_v1_inventory, 8);
+
+/**
+ * A process that uses a GPU.
+ *
+ * @generated from message clodei.v1.GpuProcess
+ */
+export type GpuProcess = Message<"clodei.v1.GpuProcess"> & {
+  /**
+   * Its number on the node.
+   *
+   * @generated from field: uint32 pid = 1;
+   */
+  pid: number;
+
+  /**
+   * "C" (compute), "G" (graphics) or both, in the tool's words.
+   *
+   * @generated from field: string type = 2;
+   */
+  type: string;
+
+  /**
+   * Its share of the GPU's memory in MiB. Absent: not reported.
+   *
+   * @generated from field: optional uint32 memory_used_mib = 3;
+   */
+  memoryUsedMib?: number | undefined;
+};
+
+/**
+ * Describes the message clodei.v1.GpuProcess.
+ * Use `create(GpuProcessSchema)` to create a new message.
+ */
+export const GpuProcessSchema: GenMessage<GpuProcess> = /*@__PURE__*/
+  messageDesc(file_clodei_v1_inventory, 9);
 
 /**
  * The machine around the GPUs.
@@ -228,6 +641,41 @@ export type Host = Message<"clodei.v1.Host"> & {
    * @generated from field: uint32 workspace_free_mib = 11;
    */
   workspaceFreeMib: number;
+
+  /**
+   * Processor packages. Absent: not reported.
+   *
+   * @generated from field: optional uint32 cpu_sockets = 12;
+   */
+  cpuSockets?: number | undefined;
+
+  /**
+   * Processor cores, of which each can be several logical processors. Absent: not reported.
+   *
+   * @generated from field: optional uint32 cpu_cores = 13;
+   */
+  cpuCores?: number | undefined;
+
+  /**
+   * Swap space in MiB. Absent: not reported.
+   *
+   * @generated from field: optional uint32 swap_mib = 14;
+   */
+  swapMib?: number | undefined;
+
+  /**
+   * Memory and processors that are near each other. One on a machine that is the same everywhere.
+   *
+   * @generated from field: repeated clodei.v1.NumaNode numa_nodes = 15;
+   */
+  numaNodes: NumaNode[];
+
+  /**
+   * Network interfaces of the machine itself, without those of containers, and without their addresses.
+   *
+   * @generated from field: repeated clodei.v1.NetworkInterface network_interfaces = 16;
+   */
+  networkInterfaces: NetworkInterface[];
 };
 
 /**
@@ -235,7 +683,84 @@ export type Host = Message<"clodei.v1.Host"> & {
  * Use `create(HostSchema)` to create a new message.
  */
 export const HostSchema: GenMessage<Host> = /*@__PURE__*/
-  messageDesc(file_clodei_v1_inventory, 2);
+  messageDesc(file_clodei_v1_inventory, 10);
+
+/**
+ * Memory and the processors that are near it.
+ *
+ * @generated from message clodei.v1.NumaNode
+ */
+export type NumaNode = Message<"clodei.v1.NumaNode"> & {
+  /**
+   * The kernel's number for it.
+   *
+   * @generated from field: uint32 index = 1;
+   */
+  index: number;
+
+  /**
+   * Its logical processors, as the kernel lists them: "0-47,96-143".
+   *
+   * @generated from field: string cpus = 2;
+   */
+  cpus: string;
+
+  /**
+   * Its memory in MiB. Absent: not reported.
+   *
+   * @generated from field: optional uint32 memory_mib = 3;
+   */
+  memoryMib?: number | undefined;
+};
+
+/**
+ * Describes the message clodei.v1.NumaNode.
+ * Use `create(NumaNodeSchema)` to create a new message.
+ */
+export const NumaNodeSchema: GenMessage<NumaNode> = /*@__PURE__*/
+  messageDesc(file_clodei_v1_inventory, 11);
+
+/**
+ * A network interface.
+ *
+ * @generated from message clodei.v1.NetworkInterface
+ */
+export type NetworkInterface = Message<"clodei.v1.NetworkInterface"> & {
+  /**
+   * The kernel's name for it, for example "enp65s0f0".
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * "wired", "wireless", … Empty: not reported.
+   *
+   * @generated from field: string type = 2;
+   */
+  type: string;
+
+  /**
+   * Its speed in Mbit/s. Absent: not reported, as for one without a cable.
+   *
+   * @generated from field: optional uint32 speed_mbps = 3;
+   */
+  speedMbps?: number | undefined;
+
+  /**
+   * Whether it is up.
+   *
+   * @generated from field: bool up = 4;
+   */
+  up: boolean;
+};
+
+/**
+ * Describes the message clodei.v1.NetworkInterface.
+ * Use `create(NetworkInterfaceSchema)` to create a new message.
+ */
+export const NetworkInterfaceSchema: GenMessage<NetworkInterface> = /*@__PURE__*/
+  messageDesc(file_clodei_v1_inventory, 12);
 
 /**
  * A block device.
@@ -277,7 +802,7 @@ export type Disk = Message<"clodei.v1.Disk"> & {
  * Use `create(DiskSchema)` to create a new message.
  */
 export const DiskSchema: GenMessage<Disk> = /*@__PURE__*/
-  messageDesc(file_clodei_v1_inventory, 3);
+  messageDesc(file_clodei_v1_inventory, 13);
 
 /**
  * Whether a GPU is split by MIG (multi-instance GPU).

@@ -784,7 +784,7 @@ export const WelcomeSchema: GenMessage<Welcome> = /*@__PURE__*/
  */
 export type DesiredSet = Message<"clodei.node.v1.DesiredSet"> & {
   /**
-   * Grows with every change. A set with a lower generation than one seen is ignored.
+   * Grows with every change. Within a session a set that is not newer than the last is ignored; the first one counts.
    *
    * @generated from field: uint64 generation = 1;
    */
