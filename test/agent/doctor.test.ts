@@ -222,7 +222,7 @@ describe("the doctor", { skip: engineUnavailable }, () => {
     const lost = await examine({ state: unknown }, { wrapper: ["unshare", "--net"] });
     expectFinding(lost, "node-link", "failed", /nowhere\.invalid/, /does not resolve/);
     const stranger = await TestAuthority.create("A stranger");
-    const deceived = await copyOfState((identity) => writeFile(join(identity, "trust.pem"), stranger.rootPem));
+    const deceived = await copyOfState((identity) => changeNode(identity, { trust: stranger.rootPem }));
     expectFinding(await examine({ state: deceived }), "node-link", "failed", /certificate/, /somebody else answers/);
   });
 
@@ -236,10 +236,9 @@ describe("the doctor", { skip: engineUnavailable }, () => {
     });
     await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
     const { port } = server.address() as AddressInfo;
-    const copy = await copyOfState(async (identity) => {
-      await changeNode(identity, { controlPlaneUrl: `https://127.0.0.1:${port}` });
-      await writeFile(join(identity, "trust.pem"), authority.rootPem);
-    });
+    const copy = await copyOfState((identity) =>
+      changeNode(identity, { controlPlaneUrl: `https://127.0.0.1:${port}`, trust: authority.rootPem }),
+    );
     expectFinding(await examine({ state: copy }), "clock", "ok", /agrees/, /^$/);
     skewMs = 3_600_000;
     expectFinding(await examine({ state: copy }), "clock", "failed", /^3(59\d|60\d) s behind/, /NTP/);

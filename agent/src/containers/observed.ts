@@ -34,6 +34,8 @@ export function observedContainer(container: ContainerInspectInfo): ObservedCont
   const state = container.State.Running ? "running" : ran ? "exited" : "created";
   const finishTime = container.State.Running ? undefined : timeOf(container.State.FinishedAt);
   const { ExitCode: exitCode } = container.State;
+  // The engine notes the start when it hears that the program runs; a short one may have ended by then.
+  const startTime = earlier(timeOf(container.State.StartedAt), finishTime);
   return {
     ...key,
     containerId: container.Id,
@@ -41,11 +43,15 @@ export function observedContainer(container: ContainerInspectInfo): ObservedCont
     state,
     exitCode: container.State.Running || !ran || isEndLost(exitCode, finishTime) ? undefined : exitCode,
     oomKilled: container.State.OOMKilled,
-    startTime: timeOf(container.State.StartedAt),
+    startTime,
     finishTime,
     imageId: container.Image,
     pid: container.State.Pid,
   };
+}
+
+function earlier(time: Date | undefined, other: Date | undefined): Date | undefined {
+  return time !== undefined && other !== undefined && other < time ? other : time;
 }
 
 /** A time of the engine's, which writes the year 1 for "never". */

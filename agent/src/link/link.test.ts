@@ -185,6 +185,20 @@ describe("the link", { timeout: 60_000 }, () => {
     });
   });
 
+  it("says at once, and not with the next beat, that the node takes work or why it does not", async () => {
+    await withLink(async ({ session, worker }) => {
+      const peer = await session();
+      // The next beat is a minute away.
+      peer.welcome(0n, 60_000);
+      assert.match((await peer.hear("heartbeat")).acceptingWorkMessage, /was not asked yet/);
+      const stop = new AbortController();
+      const running = worker.run(stop.signal);
+      assert.match((await peer.hear("heartbeat")).acceptingWorkMessage, /cannot be looked at/);
+      stop.abort();
+      await running;
+    });
+  });
+
   it("sends reports in order, keeps them until they are acknowledged, and again after a reconnect", async () => {
     await withLink(async ({ session, journal, listener }) => {
       report(journal, AttemptPhase.CREATING);

@@ -89,13 +89,17 @@ export class Session {
 
   /** Runs until the session ends. Never throws. */
   async run(signal: AbortSignal): Promise<SessionEnd> {
-    const { client, journal, inventory, log } = this.#options;
+    const { client, journal, inventory, worker, log } = this.#options;
     const onAbort = (): void => this.#end(signal.reason);
     signal.addEventListener("abort", onAbort, { once: true });
     if (signal.aborted) this.#controller.abort();
     this.#sayHello();
     using _appended = journal.onAppend(() => this.#reports?.send());
     using _changed = inventory.onChange(() => this.#sayInventory());
+    // Placement must not wait for the next heartbeat to hear that an engine went or came.
+    using _accepts = worker.onAcceptance(() => {
+      if (this.#welcomed) this.#sayHeartbeat();
+    });
     const watchdog = this.#watch();
     try {
       for await (const response of client.session(this.#outbox, { signal: this.#controller.signal, timeoutMs: 0 })) {

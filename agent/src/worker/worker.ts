@@ -40,6 +40,8 @@ const shutdownMs = 10_000;
 /** An event storm (a container that writes its health each millisecond) must not make a storm of looks. */
 const leastLookGapMs = 20;
 
+const notAskedYet = "the container engine was not asked yet";
+
 /** What a worker works with. */
 export interface WorkerOptions {
   readonly engine: ContainerEngine;
@@ -79,9 +81,12 @@ export class Worker {
   /** When each running container was last seen to run, on the boot's clock: so far its time is proved. */
   #seenMs = new Map<string, number>();
   #engineVersion = "";
-  #engineMessage: string | undefined = "the container engine was not asked yet";
+  #engineMessage: string | undefined = notAskedYet;
   #diskMessage: string | undefined;
   #hold: "none" | "quarantined" | "revoked" = "none";
+  readonly #acceptanceListeners = new Set<() => void>();
+  /** What was told of the acceptance last. */
+  #toldAcceptance = "";
   /** The control plane's clock less ours. */
   #clockOffsetMs = 0;
   #sweptMs = Number.NEGATIVE_INFINITY;
@@ -191,6 +196,12 @@ export class Worker {
     return { accepting: reasons.length === 0, message: reasons.join("; ").slice(0, 512) };
   }
 
+  /** Calls `listener` when the node begins to take new work, or stops to, or does not for another reason. */
+  onAcceptance(listener: () => void): Disposable {
+    this.#acceptanceListeners.add(listener);
+    return { [Symbol.dispose]: () => void this.#acceptanceListeners.delete(listener) };
+  }
+
   /**
    * The attempts whose containers exist as far as is known: seen at the last look, or started and not reported as
    * ended. While the engine is away the second kind counts: nobody can say yet that they are gone.
@@ -220,6 +231,7 @@ export class Worker {
       const wake = Promise.withResolvers<void>();
       this.#wake = wake;
       const again = await this.#tickSafely(signal);
+      this.#tellAcceptance();
       const pause = new AbortController();
       const onAbort = (): void => pause.abort();
       signal.addEventListener("abort", onAbort, { once: true });
@@ -233,6 +245,14 @@ export class Worker {
     // An engine that hangs must not hang the agent's end: what is cut off here is found again at the next start.
     await Promise.race([ending, sleep(shutdownMs, ended.signal)]);
     this.#flushUsage();
+  }
+
+  #tellAcceptance(): void {
+    const { accepting, message } = this.acceptance();
+    const text = `${accepting} ${message}`;
+    if (text === this.#toldAcceptance) return;
+    this.#toldAcceptance = text;
+    for (const listener of this.#acceptanceListeners) listener();
   }
 
   async #tickSafely(signal: AbortSignal): Promise<number> {
@@ -275,7 +295,7 @@ export class Worker {
       return true;
     } catch (error) {
       if (signal.aborted) return false;
-      if (this.#engineMessage === undefined)
+      if (this.#engineMessage === undefined || this.#engineMessage === notAskedYet)
         this.#options.log.warn({ error: messageOf(error) }, "the node's containers cannot be looked at");
       this.#engineMessage = `the node's containers cannot be looked at: ${messageOf(error)}`;
       return false;

@@ -361,3 +361,13 @@ test("a node cannot upload to a stream that it was not asked for", async () => {
   assert.equal(reader.text(), "true\n");
   await fleet.revoke(stranger.nodeId);
 });
+
+test("the output of a node that was lost is gone, and not an empty one", async () => {
+  await fleet.revoke(node.nodeId);
+  let last: unknown;
+  await eventually("the instance is lost", async () => {
+    last = await collect(fleet.streamLogs(replica, { instanceId })).done;
+    return last instanceof DomainError && last.reason === ErrorReason.LOGS_GONE;
+  });
+  assert.match(String(last), /node is lost/);
+});

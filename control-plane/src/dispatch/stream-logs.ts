@@ -90,6 +90,8 @@ export class LogStreams {
       if (attempt > target.attempt) throw new DomainError(ErrorReason.NOT_FOUND, "there is no such attempt yet");
       const place = placeOf(target, attempt);
       if (place === "never") {
+        if (target.lost && attempt <= target.placedAttempt)
+          throw new DomainError(ErrorReason.LOGS_GONE, "the instance's node is lost, and its output with it");
         yield { event: { case: "end", value: { attempt } } };
         return;
       }

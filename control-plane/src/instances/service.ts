@@ -51,6 +51,8 @@ export type LogTarget = {
   readonly attempt: number;
   /** The last attempt that got a node; 0 if none did. */
   readonly placedAttempt: number;
+  /** Whether its node was lost for good, with all output that it held. */
+  readonly lost: boolean;
   /** Undefined: no node has anything of it. */
   readonly nodeId: NodeId | undefined;
   readonly state: State;
@@ -274,9 +276,10 @@ export class InstancesService {
     const instance = await selectInstance(tx, instanceId);
     if (instance === undefined) return undefined;
     const { attempt, place, status } = instance;
-    const nodeId = place === undefined || place.lost ? undefined : place.nodeId;
+    const lost = place?.lost === true;
+    const nodeId = lost ? undefined : place?.nodeId;
     const started = instance.startTime !== undefined;
-    return { attempt, placedAttempt: place?.attempt ?? 0, nodeId, state: status.state, started };
+    return { attempt, placedAttempt: place?.attempt ?? 0, lost, nodeId, state: status.state, started };
   }
 }
 

@@ -8,6 +8,7 @@ import { DomainError } from "../platform/errors.ts";
 import { reasonName } from "../rpc/errors.ts";
 import { Authority } from "./authority.ts";
 import { Enrollment, type Identity } from "./enrollment.ts";
+import { takesNewWork } from "./model.ts";
 import { endIdentity, revokeNode } from "./operations.ts";
 import { certificateLifetimeMs, madrid, startTestFleet, type TestFleet } from "./test-fleet.ts";
 import { createNodeKey, type NodeKey, signRenewal } from "./test-node.ts";
@@ -299,6 +300,21 @@ describe("renewal over the node link", () => {
 });
 
 describe("enrolling a node again", () => {
+  test("keeps new work off the node from then on, before its lease ends", async () => {
+    const { identity } = await fleet.enrollNode();
+    const { nodeId } = identity.node;
+    await fleet.hello(nodeId);
+    await fleet.db.database.system(async (tx) => {
+      const facts = { nodeId, gpus: [], acceptingWork: true, acceptingWorkMessage: "", observedGeneration: 0n };
+      await fleet.nodes.recordHeartbeats(tx, [facts]);
+      assert.ok(takesNewWork((await fleet.nodes.nodes(tx, [nodeId]))[0] ?? assert.fail()));
+      const node = await endIdentity(tx, nodeId, fleet.now(), fleet.db.wakeups);
+      assert.equal(node.state, "ready");
+      assert.ok(!takesNewWork(node));
+      assert.match(node.acceptingWorkMessage, /new enrollment/);
+    });
+  });
+
   test("ends its certificates and gives a new key the old id, and the old token and key nothing", async () => {
     const { identity, key, token } = await fleet.enrollNode();
     const { nodeId, name } = identity.node;

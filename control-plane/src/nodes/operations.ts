@@ -58,7 +58,9 @@ export async function endIdentity(tx: SystemTx, nodeId: NodeId, now: Date, hints
   await endCertificates(tx, nodeId);
   await revokeReenrollmentTokens(tx, nodeId, now);
   await bumpEnrollmentEpoch(tx, nodeId);
-  await updateNode(tx, nodeId, { connected: false });
+  // Its state stays until its lease ends; new work would wait there for an agent that may not come.
+  const message = "it waits for its new enrollment";
+  await updateNode(tx, nodeId, { connected: false, acceptingWork: false, acceptingWorkMessage: message });
   hintAfterCommit(tx, hints, `node:${nodeId}`, "nodes");
   return requireNode(tx, nodeId);
 }

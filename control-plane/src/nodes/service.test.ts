@@ -58,7 +58,7 @@ function reason(wanted: ErrorReason) {
 }
 
 describe("sessions", () => {
-  test("a Hello makes a node ready, with its inventory, and lets work onto it", async () => {
+  test("a Hello makes a node ready, with its inventory, and its first heartbeat lets work onto it", async () => {
     const nodeId = await newNode();
     const enrolled = await read(nodeId);
     assert.deepEqual([enrolled.state, enrolled.connected, enrolled.inventory], ["enrolled", false, undefined]);
@@ -67,7 +67,14 @@ describe("sessions", () => {
     const ready = await read(nodeId);
     assert.deepEqual([ready.state, ready.connected, ready.agentVersion], ["ready", true, "2.0.0"]);
     assert.equal(ready.inventory?.gpus[0]?.model, "H100-SXM");
-    assert.ok(takesNewWork(ready));
+    assert.ok(!takesNewWork(ready), "an agent whose engine is away would let work wait");
+    await heartbeat(nodeId);
+    assert.ok(takesNewWork(await read(nodeId)));
+    // Another Hello asks again, also where the next heartbeat says what the last one did.
+    await fleet.hello(nodeId);
+    assert.ok(!takesNewWork(await read(nodeId)));
+    await heartbeat(nodeId);
+    assert.ok(takesNewWork(await read(nodeId)));
   });
 
   test("a node that is not heard for the lease is unreachable, and ready with its next heartbeat", async () => {
@@ -227,6 +234,7 @@ describe("decisions", () => {
     assert.equal((await cordon(true)).version, cordoned.version);
     await fleet.hello(nodeId);
     assert.ok((await read(nodeId)).cordoned, "a reconnect does not uncordon");
+    await heartbeat(nodeId);
     assert.ok(takesNewWork(await cordon(false)));
   });
 

@@ -119,12 +119,12 @@ export class NodesService {
       agentVersion: facts.agentVersion,
       inventory: facts.inventory,
       observedGeneration: facts.observedGeneration,
-      // Until its first heartbeat says otherwise, moments later. What it could not do, it reports as a status.
-      acceptingWork: true,
-      acceptingWorkMessage: "",
+      // Until its first heartbeat says so, moments later: an agent whose engine is away would take work and not begin it.
+      acceptingWork: false,
+      acceptingWorkMessage: "its agent has not said yet whether it takes work",
     });
     await store.extendLeases(tx, [nodeId], this.#options.leaseMs);
-    this.#hint(tx, "nodes", "placement", "instances");
+    this.#hint(tx, "nodes", "instances");
   }
 
   /**
