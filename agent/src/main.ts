@@ -6,13 +6,14 @@ import { createInterface } from "node:readline";
 import { hostname } from "node:os";
 import { join } from "node:path";
 import { toJson } from "@bufbuild/protobuf";
+import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { NodeInventorySchema } from "@clodei/proto/gen/clodei/v1/inventory";
 import packageJson from "../package.json" with { type: "json" };
 import { ConfigError, helpText, readCommand } from "./config.ts";
 import type { DoctorConfig, EnrollConfig, InventoryConfig } from "./config.ts";
 import { examine } from "./doctor/doctor.ts";
 import { describeFindings } from "./doctor/finding.ts";
-import { messageOf } from "./error-reason.ts";
+import { messageOf, reasonOf } from "./error-reason.ts";
 import { foreignFolder, ownerOf } from "./folder-owner.ts";
 import { enroll } from "./identity/enroll.ts";
 import { IdentityStore } from "./identity/identity-store.ts";
@@ -58,6 +59,7 @@ async function enrollCommand(config: EnrollConfig, signal: AbortSignal): Promise
   const store = new IdentityStore(state.paths.identity);
   const owner = await ownerOf(state.paths);
   const token = await readToken(config.tokenSource);
+  const enrolled = await store.load().catch(() => undefined);
   const identity = await enroll({
     store,
     refusalOf: (nodeId) =>
@@ -66,6 +68,11 @@ async function enrollCommand(config: EnrollConfig, signal: AbortSignal): Promise
     token,
     agentVersion: packageJson.version,
     signal,
+  }).catch((error: unknown) => {
+    const cause = error instanceof Error ? error.cause : undefined;
+    if (enrolled !== undefined && reasonOf(cause) === ErrorReason.ENROLLMENT_TOKEN_INVALID)
+      process.stderr.write(`clodei-agent: this folder is enrolled already, as ${enrolled.nodeId}: \`run\` uses it\n`);
+    throw error;
   });
   process.stdout.write(`enrolled as ${identity.nodeId} (${identity.nodeName}), ${identity.location}\n`);
 }

@@ -112,15 +112,20 @@ export async function runAgent(options: {
       void writeReady(readyPath, { nodeId: identity.nodeId, sessionId }, log);
     },
   });
+  let last = "agent ended; containers that run go on";
   try {
     const end = standing === "revoked" ? "revoked" : await link.run(signal);
-    if (end === "revoked") await untilEmpty(worker, signal);
+    if (end === "revoked") {
+      await untilEmpty(worker, signal);
+      const left = worker.isEmpty ? "its containers are stopped" : "not all of its containers could be stopped";
+      last = `agent ended: the node was revoked, and ${left}. Enroll the machine as a new node`;
+    }
     return end;
   } finally {
     working.abort();
     await Promise.all(tasks);
     await unlink(readyPath).catch(ignoreMissing);
-    log.info("agent ended; containers that run go on");
+    log.info(last);
   }
 }
 
