@@ -87,6 +87,23 @@ test("a call whose connection is cut before the answer is sent again", async () 
   assert.deepEqual([server.requests.length, keys.size], [3, 1]);
 });
 
+test("what the caller does to a specification after the call does not change its retries", async () => {
+  const args = ["echo"];
+  let failures = 1;
+  await using server = await startServerForClientTests(
+    instances({
+      createInstance() {
+        args[0] = "changed";
+        if (failures-- > 0) throw errorWith(Code.Unavailable, "UNAVAILABLE");
+        return created;
+      },
+    }),
+  );
+  await server.client().instances.run({ image: "busybox", args }, { idempotencyKey: "mine" });
+  const sent = server.requests.map(({ message }) => (message as CreateInstanceRequest).spec?.args);
+  assert.deepEqual(sent, [["echo"], ["echo"]]);
+});
+
 test("tries end after the number that was set", async () => {
   await using server = await startServerForClientTests(
     instances({

@@ -15,6 +15,7 @@ import { type RetryPolicy, retryDelayMs, sleep } from "./backoff.ts";
 import type { Authorize } from "./credentials.ts";
 import { canceledError, ClodeiError, toClodeiError } from "./errors.ts";
 import { withIdempotencyKey } from "./idempotency-key.ts";
+import { checkRequest } from "./request-check.ts";
 import type { Wire } from "./wire.ts";
 
 /** Options of a single call. */
@@ -71,6 +72,7 @@ export class CallTransport implements Transport {
     contextValues?: ContextValues,
   ): Promise<UnaryResponse<I, O>> {
     const { wire, retry } = this.#defaults;
+    checkRequest(method.input, input);
     const { message, hasKey } = withIdempotencyKey(method.input, input);
     const safe = hasKey || method.idempotency === MethodOptions_IdempotencyLevel.NO_SIDE_EFFECTS;
     const signal = this.#signalOf(callerSignal);
@@ -101,10 +103,13 @@ export class CallTransport implements Transport {
     contextValues?: ContextValues,
   ): Promise<StreamResponse<I, O>> {
     const signal = this.#signalOf(callerSignal);
+    // Streams of the public API are answers: the request is one message, and it is there.
+    const requests = await Array.fromAsync(input);
+    for (const request of requests) checkRequest(method.input, request);
     try {
       const headers = await this.#headers(header);
       const { transport } = this.#defaults.wire;
-      const response = await transport.stream(method, signal, timeoutMs, headers, input, contextValues);
+      const response = await transport.stream(method, signal, timeoutMs, headers, each(requests), contextValues);
       return { ...response, message: this.#messages(response.message, signal) };
     } catch (cause) {
       throw this.#errorOf(cause, signal);
@@ -156,4 +161,8 @@ export class CallTransport implements Transport {
 /** What is left of a deadline, for the transport: undefined for none, and never 0, which would mean none. */
 function remainingMs(deadlineMs: number): number | undefined {
   return deadlineMs === Number.POSITIVE_INFINITY ? undefined : Math.max(1, Math.ceil(deadlineMs - performance.now()));
+}
+
+async function* each<T>(items: readonly T[]): AsyncGenerator<T> {
+  yield* items;
 }

@@ -4,7 +4,7 @@ import type { CatalogService, ImagePolicy, Offer } from "@clodei/proto/gen/clode
 import type { Location } from "@clodei/proto/gen/clodei/v1/location";
 import { callOptions } from "./calls.ts";
 import { type ListOptions, Paginated } from "./pagination.ts";
-import { type LocationConstraint, toLocationConstraint } from "./spec.ts";
+import type { LocationConstraint } from "./spec.ts";
 
 /** Options of a list of offers. */
 export type ListOffersOptions = ListOptions & {
@@ -32,7 +32,7 @@ export class Catalog {
    */
   offers(options: ListOffersOptions = {}): Paginated<Offer> {
     const { gpuModel = "", location } = options;
-    const filter = { gpuModel, ...(location === undefined ? {} : { location: toLocationConstraint(location) }) };
+    const filter = { gpuModel, location };
     return new Paginated(async (pageToken) => {
       const request = { pageSize: options.pageSize ?? 0, pageToken, ...filter };
       const { offers, nextPageToken } = await this.#client.listOffers(request, callOptions(options));

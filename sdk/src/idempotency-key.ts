@@ -10,12 +10,11 @@ export function withIdempotencyKey<D extends DescMessage>(
   schema: D,
   input: MessageInitShape<D>,
 ): { readonly message: MessageShape<D>; readonly hasKey: boolean } {
-  const message = create(schema, input);
+  // create() takes over what it is given, and retries must not see what the caller does to it meanwhile.
+  const message = clone(schema, create(schema, input));
   const field = schema.fields.find((candidate) => candidate.name === "idempotency_key");
   if (field === undefined) return { message, hasKey: false };
-  if (reflect(schema, message).get(field) !== "") return { message, hasKey: true };
-  // create() returns a message that it was given as it is.
-  const keyed = clone(schema, message);
-  reflect(schema, keyed).set(field, globalThis.crypto.randomUUID());
-  return { message: keyed, hasKey: true };
+  const fields = reflect(schema, message);
+  if (fields.get(field) === "") fields.set(field, globalThis.crypto.randomUUID());
+  return { message, hasKey: true };
 }

@@ -7,13 +7,7 @@ import { answered } from "./answers.ts";
 import { callOptions, type CallOptions, type MutationOptions } from "./calls.ts";
 import { type InstanceCalls, InstanceHandle } from "./instance-handle.ts";
 import { type ListOptions, Paginated } from "./pagination.ts";
-import {
-  type InstanceStateName,
-  type LocationConstraint,
-  type RunSpec,
-  toInstanceSpec,
-  toLocationConstraint,
-} from "./spec.ts";
+import { type InstanceStateName, type LocationConstraint, type RunSpec, toInstanceSpec, valuesOf } from "./spec.ts";
 import { watch, type WatchEvent, type WatchOptions } from "./watch.ts";
 
 /** Which instances are meant. Every field given must hold. */
@@ -117,9 +111,9 @@ export class Instances {
 
 function toFilter(filter: InstanceFilter): MessageInitShape<typeof InstanceFilterSchema> {
   return {
-    states: (filter.states ?? []).map((name) => InstanceState[name]),
-    labels: { ...filter.labels },
+    states: valuesOf(InstanceState, filter.states),
+    labels: filter.labels ?? {},
     gpuModel: filter.gpuModel ?? "",
-    ...(filter.location === undefined ? {} : { location: toLocationConstraint(filter.location) }),
+    location: filter.location,
   };
 }

@@ -9,6 +9,7 @@ import {
   type StreamLogsResponse,
 } from "@clodei/proto/gen/clodei/v1/instance_service";
 import type { CallOptions } from "./calls.ts";
+import { unwritable } from "./request-check.ts";
 import { readResuming, type ResumePolicy } from "./resume.ts";
 
 /** Which output is read. */
@@ -148,7 +149,7 @@ class LogReader {
     return {
       ...base,
       ...(tailLines === undefined ? {} : { tailLines }),
-      ...(since === undefined ? {} : { sinceTime: timestampFromDate(since) }),
+      ...(since === undefined ? {} : { sinceTime: isTime(since) ? timestampFromDate(since) : unwritable(since) }),
     };
   }
 
@@ -231,4 +232,8 @@ class LogReader {
 
 function nameOfStream(stream: LogStream): "stdout" | "stderr" {
   return stream === LogStream.STDERR ? "stderr" : "stdout";
+}
+
+function isTime(date: Date): boolean {
+  return date instanceof Date && !Number.isNaN(date.getTime());
 }

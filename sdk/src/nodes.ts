@@ -6,7 +6,7 @@ import { callOptions, type CallOptions, type MutationOptions } from "./calls.ts"
 import { ClodeiError } from "./errors.ts";
 import { type ListOptions, Paginated } from "./pagination.ts";
 import type { ResumePolicy } from "./resume.ts";
-import { type EnumName, type LocationConstraint, toDuration, toLocationConstraint } from "./spec.ts";
+import { type EnumName, type LocationConstraint, toDuration, valuesOf } from "./spec.ts";
 import { watch, type WatchEvent, type WatchOptions } from "./watch.ts";
 
 /** The states of a node: "ENROLLED", "READY", "UNREACHABLE", "QUARANTINED", "REVOKED". */
@@ -68,13 +68,12 @@ export class Nodes {
    * });
    */
   async createEnrollmentToken(spec: EnrollmentTokenSpec, options: MutationOptions = {}): Promise<NewEnrollmentToken> {
-    const { lifetimeSeconds } = spec;
     const request = {
       location: spec.location,
       nodeName: spec.nodeName ?? "",
       maxUses: spec.maxUses ?? 0,
       idempotencyKey: options.idempotencyKey ?? "",
-      ...(lifetimeSeconds === undefined ? {} : { lifetime: toDuration(lifetimeSeconds) }),
+      lifetime: toDuration(spec.lifetimeSeconds),
     };
     const response = await this.#client.createEnrollmentToken(request, callOptions(options));
     return shownOnce(response.token, answered(response.enrollmentToken, "enrollment token"));
@@ -113,9 +112,7 @@ export class Nodes {
    * @example for await (const node of client.nodes.list({ states: ["UNREACHABLE"] })) console.log(node.name);
    */
   list(options: ListNodesOptions = {}): Paginated<Node> {
-    const { location } = options;
-    const states = (options.states ?? []).map((name) => NodeState[name]);
-    const filter = { states, ...(location === undefined ? {} : { location: toLocationConstraint(location) }) };
+    const filter = { states: valuesOf(NodeState, options.states), location: options.location };
     return new Paginated(async (pageToken) => {
       const request = { pageSize: options.pageSize ?? 0, pageToken, ...filter };
       const { nodes, nextPageToken } = await this.#client.listNodes(request, callOptions(options));

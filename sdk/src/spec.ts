@@ -1,19 +1,13 @@
 /** What a customer writes, and what the schema wants: units in names, no enums, no well-known types. */
-import { create } from "@bufbuild/protobuf";
+import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import { type Duration, DurationSchema } from "@bufbuild/protobuf/wkt";
 import {
-  GpuRequestSchema,
-  type InstanceSpec,
   InstanceSpecSchema,
   type InstanceState,
   PullPolicy,
   RestartPolicy,
 } from "@clodei/proto/gen/clodei/v1/instance";
-import {
-  type LocationConstraint as LocationConstraintMessage,
-  LocationConstraintSchema,
-} from "@clodei/proto/gen/clodei/v1/location";
-import { ClodeiError, type FieldViolation } from "./errors.ts";
+import { isObject, refuseFields, unknownFields, unwritable, violationsOf } from "./request-check.ts";
 
 /** The names of an enum's values. */
 export type EnumName<E> = Exclude<keyof E & string, "UNSPECIFIED">;
@@ -70,84 +64,80 @@ export type RunSpec = {
   readonly stopGraceSeconds?: number | undefined;
 };
 
+/** The fields of a RunSpec. */
+const specFields = Object.keys({
+  image: true,
+  command: true,
+  args: true,
+  env: true,
+  gpu: true,
+  cpuMillis: true,
+  memoryMib: true,
+  location: true,
+  labels: true,
+  restartPolicy: true,
+  pullPolicy: true,
+  placementTimeoutSeconds: true,
+  maxRunTimeSeconds: true,
+  stopGraceSeconds: true,
+} satisfies Record<keyof RunSpec, true>);
+
 /**
- * Writes a specification as the schema has it. Values that no message can hold (fractions, NaN) are refused
- * here; every other rule is the server's.
+ * Writes a specification as the schema has it. What no message can hold (fractions, NaN, fields that do not exist)
+ * is refused here; every other rule is the server's.
  *
  * @throws ClodeiError with INVALID_ARGUMENT and the fields.
  */
-export function toInstanceSpec(spec: RunSpec): InstanceSpec {
-  refuseUnwritable(spec);
-  const { gpu, location } = spec;
-  const message = create(InstanceSpecSchema, {
-    image: spec.image,
-    command: [...(spec.command ?? [])],
-    args: [...(spec.args ?? [])],
-    env: { ...spec.env },
-    labels: { ...spec.labels },
-    restartPolicy: RestartPolicy[spec.restartPolicy ?? "UNSPECIFIED"],
-    pullPolicy: PullPolicy[spec.pullPolicy ?? "UNSPECIFIED"],
-  });
-  if (gpu !== undefined) {
-    const { model = "", count = 1, minMemoryMib = 0 } = gpu;
-    message.gpu = create(GpuRequestSchema, { model, count, minMemoryMib });
-  }
-  if (spec.cpuMillis !== undefined) message.cpuMillis = spec.cpuMillis;
-  if (spec.memoryMib !== undefined) message.memoryMib = spec.memoryMib;
-  if (location !== undefined) message.location = toLocationConstraint(location);
-  if (spec.placementTimeoutSeconds !== undefined) message.placementTimeout = toDuration(spec.placementTimeoutSeconds);
-  if (spec.maxRunTimeSeconds !== undefined) message.maxRunTime = toDuration(spec.maxRunTimeSeconds);
-  if (spec.stopGraceSeconds !== undefined) message.stopGrace = toDuration(spec.stopGraceSeconds);
-  return message;
+export function toInstanceSpec(spec: RunSpec): InstanceSpecInit {
+  const init = isObject(spec) ? toInit(spec) : unwritable(spec);
+  refuseFields([...unknownFields(spec, specFields, "spec"), ...violationsOf(InstanceSpecSchema, init, "spec")]);
+  return init;
 }
 
-function refuseUnwritable(spec: RunSpec): void {
-  const fieldViolations: FieldViolation[] = [];
-  const refuse = (field: string, rule: string, message: string) => {
-    fieldViolations.push({ field: `spec.${field}`, rule, message });
+type InstanceSpecInit = MessageInitShape<typeof InstanceSpecSchema>;
+
+function toInit(spec: RunSpec): InstanceSpecInit {
+  const { gpu, placementTimeoutSeconds, maxRunTimeSeconds, stopGraceSeconds } = spec;
+  return {
+    image: spec.image,
+    // Messages have no readonly lists; nobody writes to this one.
+    command: (spec.command ?? []) as string[],
+    args: (spec.args ?? []) as string[],
+    env: spec.env ?? {},
+    gpu: isObject(gpu)
+      ? { ...gpu, model: gpu.model ?? "", count: gpu.count ?? 1, minMemoryMib: gpu.minMemoryMib ?? 0 }
+      : gpu,
+    cpuMillis: spec.cpuMillis,
+    memoryMib: spec.memoryMib,
+    location: spec.location,
+    labels: spec.labels ?? {},
+    restartPolicy: valueOf(RestartPolicy, spec.restartPolicy ?? "UNSPECIFIED"),
+    pullPolicy: valueOf(PullPolicy, spec.pullPolicy ?? "UNSPECIFIED"),
+    placementTimeout: toDuration(placementTimeoutSeconds),
+    maxRunTime: toDuration(maxRunTimeSeconds),
+    stopGrace: toDuration(stopGraceSeconds),
   };
-  const wholes = {
-    "gpu.count": spec.gpu?.count,
-    "gpu.min_memory_mib": spec.gpu?.minMemoryMib,
-    cpu_millis: spec.cpuMillis,
-    memory_mib: spec.memoryMib,
-  };
-  for (const [field, value = 0] of Object.entries(wholes)) {
-    if (!isUint32(value)) refuse(field, "uint32", `${value} is no whole number from 0`);
-  }
-  const durations = {
-    placement_timeout: spec.placementTimeoutSeconds,
-    max_run_time: spec.maxRunTimeSeconds,
-    stop_grace: spec.stopGraceSeconds,
-  };
-  for (const [field, value = 0] of Object.entries(durations)) {
-    if (!Number.isFinite(value) || Math.abs(value) > maxSeconds)
-      refuse(field, "duration", `${value} is no number of seconds`);
-  }
-  if (fieldViolations.length === 0) return;
-  const text = fieldViolations.map(({ field, message }) => `${field}: ${message}`).join("; ");
-  throw new ClodeiError("invalid_argument", "INVALID_ARGUMENT", text, { fieldViolations });
+}
+
+/** The enum's value of this name. Another name stays as it is: the check of the request refuses it. */
+function valueOf<E extends Readonly<Record<string, number>>>(enumObject: E, name: keyof E & string): E[keyof E] {
+  return Object.hasOwn(enumObject, name) ? enumObject[name] : unwritable(name);
+}
+
+/** The enum's values of these names. */
+export function valuesOf<E extends Readonly<Record<string, number>>>(
+  enumObject: E,
+  names: readonly (keyof E & string)[] | undefined,
+): E[keyof E][] {
+  return Array.isArray(names) ? names.map((name: keyof E & string) => valueOf(enumObject, name)) : unwritable(names);
 }
 
 /** The longest duration that a message holds: about 10,000 years. */
 const maxSeconds = 315_576_000_000;
 
-/** Whether a uint32 field holds this number. */
-function isUint32(value: number): boolean {
-  return Number.isInteger(value) && value >= 0 && value <= 0xffffffff;
-}
-
-/** Seconds, to the millisecond. */
-export function toDuration(seconds: number): Duration {
+/** Seconds, to the millisecond. What is no number of seconds stays as it is: the check of the request refuses it. */
+export function toDuration(seconds: number | undefined): Duration | undefined {
+  if (typeof seconds !== "number" || !(Math.abs(seconds) <= maxSeconds)) return unwritable(seconds);
   const ms = Math.round(seconds * 1000);
   return create(DurationSchema, { seconds: BigInt(Math.trunc(ms / 1000)), nanos: (ms % 1000) * 1_000_000 });
-}
-
-/** A constraint as a message, without its absent fields. */
-export function toLocationConstraint(constraint: LocationConstraint): LocationConstraintMessage {
-  const message = create(LocationConstraintSchema);
-  if (constraint.country !== undefined) message.country = constraint.country;
-  if (constraint.region !== undefined) message.region = constraint.region;
-  if (constraint.datacenter !== undefined) message.datacenter = constraint.datacenter;
-  return message;
 }
