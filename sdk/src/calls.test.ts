@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { createServer as createPlainServer } from "node:http2";
 import { createServer } from "node:net";
 import { test } from "node:test";
 import { Code } from "@connectrpc/connect";
@@ -85,6 +86,21 @@ test("a call whose connection is cut before the answer is sent again", async () 
   await server.client().instances.run({ image: "busybox" });
   const keys = new Set(server.requests.map(({ message }) => (message as CreateInstanceRequest).idempotencyKey));
   assert.deepEqual([server.requests.length, keys.size], [3, 1]);
+});
+
+test("an answer that cannot be read is no lost connection, and the call is not sent again", async () => {
+  let requests = 0;
+  const server = createPlainServer((_request, response) => {
+    requests++;
+    response.writeHead(200, { "content-type": "application/proto" }).end(Buffer.of(0xff));
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const address = server.address();
+  assert.ok(address !== null && typeof address === "object");
+  using client = createClient({ endpoint: `http://127.0.0.1:${address.port}`, token: () => "t" });
+  const error = await rejection(client.instances.get(id));
+  server.close();
+  assert.deepEqual([error.code, error.reason, requests], ["internal", "INTERNAL", 1], error.message);
 });
 
 test("what the caller does to a specification after the call does not change its retries", async () => {

@@ -177,7 +177,9 @@ function isConnectionLost(error: unknown): boolean {
   if (error instanceof ConnectError && error.isWireError) return false;
   if (nodeCodes(error).some((code) => lostConnectionCodes.has(code))) return true;
   // The server, or a proxy, reset the stream: connect-node makes these errors without a cause.
-  return error instanceof ConnectError && error.cause === undefined && resetCodes.has(error.code);
+  if (!(error instanceof ConnectError) || error.cause !== undefined || !resetCodes.has(error.code)) return false;
+  // So it makes the error for a message that cannot be written or read, which is so at every try.
+  return !/^(serialize|parse) binary: /u.test(error.rawMessage);
 }
 
 const resetCodes: ReadonlySet<Code> = new Set([Code.Canceled, Code.Internal, Code.Unavailable, Code.Aborted]);
