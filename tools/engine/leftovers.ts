@@ -5,14 +5,17 @@ import { readdir, readFile, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { type EngineNote, noteFile } from "./layout.ts";
 import { disconnectOutside } from "./outside.ts";
-import { destroyControlGroup, killAll, pidsByArgument } from "./processes.ts";
+import { destroyControlGroup, killAll, pidsByArgument, programName } from "./processes.ts";
 import { runTool, tryTool } from "./shell.ts";
+
+/** What an engine consists of. */
+const enginePrograms = /^(?:dockerd|containerd|containerd-shim.*|runc|docker-proxy)$/;
 
 /** Removes what an engine left. Calling it again, or with nothing there, is fine. */
 export async function removeLeftovers(note: EngineNote): Promise<void> {
   const { layout } = note;
   // Engine, containerd and shims carry the folder in their arguments; a second look finds what they started last.
-  for (let round = 0; round < 2; round += 1) await killAll(await pidsByArgument(`${layout.runFolder}/`));
+  for (let round = 0; round < 2; round += 1) await killAll(await processesOf(note));
   await destroyControlGroup(layout.controlGroup);
   await unmountBelow([layout.dataRoot, layout.runFolder]);
   await removeShimSockets(note);
@@ -23,6 +26,15 @@ export async function removeLeftovers(note: EngineNote): Promise<void> {
   // Others that end with the engine's owner may still be writing into its folder.
   const retries = { maxRetries: 20, retryDelay: 100 };
   await rm(note.temporary ? layout.folder : noteFile(layout.folder), { recursive: true, force: true, ...retries });
+}
+
+/** Others name the folder, too: people are told where the socket is, and what they run with it is theirs. */
+async function processesOf({ layout, temporary }: EngineNote): Promise<number[]> {
+  const named = await pidsByArgument(`${layout.runFolder}/`);
+  // Nobody is told of a test's engine: who names its folder is the test's as well, such as its registry.
+  if (temporary) return named;
+  const programs = await Promise.all(named.map(programName));
+  return named.filter((_, index) => enginePrograms.test(programs[index] ?? ""));
 }
 
 async function unmountBelow(folders: readonly string[]): Promise<void> {

@@ -82,6 +82,28 @@ describe("a private engine", { skip: engineUnavailable }, () => {
     assert.equal(await exitCode(again.socketPath, await runContainer(again.socketPath, ["true"])), 0);
   });
 
+  for (const temporary of [false, true]) {
+    const name = temporary
+      ? "that is temporary takes whoever names its run folder with it"
+      : "ends without what somebody else runs with its socket";
+    it(name, async () => {
+      const own = join(folder, temporary ? "temporary" : "used");
+      const engine = await startPrivateEngine({ folder: own, name: "clodei-d", internet: false, temporary });
+      const client = spawn("sh", ["-c", "read -r line", engine.socketPath], { stdio: ["pipe", "ignore", "inherit"] });
+      const ended = once(client, "exit");
+      try {
+        await once(client, "spawn");
+        await engine.close();
+        if (temporary) assert.deepEqual(await ended, [null, "SIGKILL"]);
+        else assert.deepEqual(await pidsByArgument(engine.runFolder), [client.pid]);
+      } finally {
+        client.kill("SIGKILL");
+        await ended;
+      }
+      assert.deepEqual(await traces(idOf(engine.namespace)), []);
+    });
+  }
+
   for (const how of ["its watchdog", "the next start"] as const) {
     it(`is cleared away by ${how} when its owner was killed`, async () => {
       const own = join(folder, how.replaceAll(" ", "-"));

@@ -44,7 +44,7 @@ export interface PrivateEngineOptions {
 /** An engine that runs until it is closed; it also ends when this process dies, however that happens. */
 export interface PrivateEngine extends AsyncDisposable {
   readonly socketPath: string;
-  /** For what else runs for it: whoever has this path in an argument ends with the engine. */
+  /** For what else runs for it: whoever has this path in an argument ends with an engine that is `temporary`. */
   readonly runFolder: string;
   /** Name of its network namespace: `nsenter --net=/run/netns/NAME` enters it. */
   readonly namespace: string;

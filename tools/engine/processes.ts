@@ -1,7 +1,7 @@
 // Finds and ends the processes of an engine, whoever started them: by an argument that only they carry, and by the
 // control group that the engine puts its containers in. Process ids alone prove nothing after a crash.
-import { readdir, readFile, rmdir } from "node:fs/promises";
-import { join } from "node:path";
+import { readdir, readFile, readlink, rmdir } from "node:fs/promises";
+import { basename, join } from "node:path";
 import { setTimeout as wait } from "node:timers/promises";
 
 const controlGroupRoot = "/sys/fs/cgroup";
@@ -39,6 +39,13 @@ export async function pidsByArgument(text: string): Promise<number[]> {
     if (line.includes(text)) pids.push(Number(name));
   }
   return pids;
+}
+
+/** The file name of the program that a process runs, which its arguments do not decide; "" where it is gone. */
+export async function programName(pid: number): Promise<string> {
+  const path = await readlink(`/proc/${pid}/exe`).catch(() => "");
+  // The kernel adds this where the file was replaced since, as an update of the package does.
+  return basename(path.replace(/ \(deleted\)$/, ""));
 }
 
 /** Kills them, and waits until they are gone. */
