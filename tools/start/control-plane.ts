@@ -12,8 +12,6 @@ const commandTimeoutMs = 60_000;
 /** Nobody but us talks to it while it stops: what is open then may be cut soon. */
 const drainMs = 3000;
 const host = "127.0.0.1";
-/** The name in the certificate by which everything here reaches it. */
-const name = "localhost";
 const usualPorts = { public: 8443, node: 8444, operations: 9464 };
 
 /** Where the control plane listens. */
@@ -25,6 +23,14 @@ export type ControlPlane = {
   /** The CA of both listeners, in PEM. */
   readonly caFile: string;
   readonly ca: string;
+};
+
+/** What the control plane writes down once it serves. */
+type Listening = {
+  readonly publicUrl: string;
+  readonly nodeEndpoint: string;
+  readonly operationsUrl: string;
+  readonly caPem: string;
 };
 
 /** Where a start puts things. */
@@ -41,27 +47,50 @@ function environment(): NodeJS.ProcessEnv {
   );
 }
 
-async function portsOf(): Promise<{ publicPort: number; nodePort: number; operationsPort: number }> {
+/** Ports of 127.0.0.1, by listener. */
+type Ports = { readonly public: number; readonly node: number; readonly operations: number };
+
+/** The system gives free ones at the moment of listening. */
+const anyPorts: Ports = { public: 0, node: 0, operations: 0 };
+
+/** Free at the moment of the look: another program may take one before the control plane listens. */
+async function freePorts(): Promise<Ports> {
   const publicPort = await nextFreePort(host, usualPorts.public, []);
-  const nodePort = await nextFreePort(host, usualPorts.node, [publicPort]);
-  const operationsPort = await nextFreePort(host, usualPorts.operations, [publicPort, nodePort]);
-  return { publicPort, nodePort, operationsPort };
+  const node = await nextFreePort(host, usualPorts.node, [publicPort]);
+  const operations = await nextFreePort(host, usualPorts.operations, [publicPort, node]);
+  return { public: publicPort, node, operations };
 }
 
-/** Starts the control plane and waits until it is ready. `onChild` learns of the process at once. */
+/** Starts the control plane and waits until it is ready. `onChild` learns of each process at once. */
 export async function startControlPlane(
+  places: Places,
+  onChild: (child: Child) => Promise<void>,
+  signal: AbortSignal,
+): Promise<ControlPlane> {
+  const start = (ports: Ports): Promise<ControlPlane> => startOn(ports, places, onChild, signal);
+  try {
+    return await start(await freePorts()).catch((error: unknown) => {
+      if (!isPortTaken(error)) throw error;
+      return start(anyPorts);
+    });
+  } catch (error) {
+    throw isOfOtherVersion(error) ? otherVersion(places.dataFolder, error) : error;
+  }
+}
+
+async function startOn(
+  ports: Ports,
   { root, dataFolder }: Places,
   onChild: (child: Child) => Promise<void>,
   signal: AbortSignal,
 ): Promise<ControlPlane> {
-  const { publicPort, nodePort, operationsPort } = await portsOf();
   const settings = {
     "--data": dataFolder,
     "--public-host": host,
-    "--public-port": publicPort,
+    "--public-port": ports.public,
     "--node-host": host,
-    "--node-port": nodePort,
-    "--operations-port": operationsPort,
+    "--node-port": ports.node,
+    "--operations-port": ports.operations,
     "--drain-ms": drainMs,
   };
   const listeningFile = join(dataFolder, "run", "listening.json");
@@ -73,25 +102,23 @@ export async function startControlPlane(
     logFile: join(dataFolder, "logs", "control-plane.log"),
   });
   await onChild(child);
-  const operationsUrl = `http://${host}:${operationsPort}`;
-  const isReady = async (): Promise<true | undefined> => {
-    const response = await fetch(`${operationsUrl}/readyz`, { signal }).catch(() => undefined);
-    return response?.status === 200 ? true : undefined;
-  };
-  try {
-    await child.waitFor("the control plane is ready", readyTimeoutMs, isReady, signal);
-  } catch (error) {
-    throw isOfOtherVersion(error) ? otherVersion(dataFolder, error) : error;
-  }
+  // Not a request to its ports: whoever took one could answer it.
+  const readListening = (): Promise<Listening | undefined> =>
+    readFile(listeningFile, "utf8").then(
+      (text) => JSON.parse(text) as Listening,
+      () => undefined,
+    );
+  const listening = await child.waitFor("the control plane is ready", readyTimeoutMs, readListening, signal);
+  const { publicUrl, nodeEndpoint, operationsUrl, caPem } = listening;
   const caFile = join(dataFolder, "ca", "certificate.pem");
-  return {
-    child,
-    publicUrl: `https://${name}:${publicPort}`,
-    nodeEndpoint: `${name}:${nodePort}`,
-    operationsUrl,
-    caFile,
-    ca: await readFile(caFile, "utf8"),
-  };
+  return { child, publicUrl, nodeEndpoint, operationsUrl, caFile, ca: caPem };
+}
+
+/** Whether the control plane came too late for a port: what it writes is in the message. */
+function isPortTaken(error: unknown): boolean {
+  return (
+    error instanceof Error && /clodei-control-plane: cannot listen on .*: another process listens/u.test(error.message)
+  );
 }
 
 /** Whether the control plane refused the database in the data folder: what it writes is in the message. */
