@@ -137,7 +137,9 @@ async function run(options: StartOptions, stop: AbortSignal): Promise<number> {
   try {
     const children = await bringUp({ ...options, dataFolder }, stack, stop);
     if (options.once) return 0;
-    console.log("Ctrl-C stops it. Instances that run are stopped with it, and keep their workspaces.");
+    console.log(
+      "Ctrl-C stops it. The demo organization's instances stop with it and keep their workspaces; those of others fail.",
+    );
     const stopped = new Promise<undefined>((resolve) => {
       stop.addEventListener("abort", () => resolve(undefined), { once: true });
     });

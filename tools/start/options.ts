@@ -21,8 +21,9 @@ export type StartOptions = {
 export const startHelp = `usage: npm start -- [--once] [--data DIR] [--reset] [--gpus LIST]
 
 Starts a control plane with its own PostgreSQL, an agent on this machine, a Docker engine where none answers, and a
-first instance. Ctrl-C or SIGTERM stops the instances that run, and then stops and removes all of it, but for the data
-folder: after the next start, those instances can be started again, with their workspaces.
+first instance. Ctrl-C or SIGTERM stops the demo organization's instances that run, and then stops and removes all of
+it, but for the data folder: after the next start, those instances can be started again, with their workspaces. Those
+of other organizations fail.
 
   --once       ends once the first instance has run; the exit status says whether it did
   --data DIR   data folder, .data by default (or the variable CLODEI_DATA); another start can run beside this one

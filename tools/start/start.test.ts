@@ -174,14 +174,20 @@ test(
   "an instance that ran when a start was stopped can be started again after the next, with its workspace",
   options,
   async () => {
-    const clientOf = async (started: Start) => {
+    const clientOf = async (started: Start, key?: string) => {
       await started.untilUp();
       const endpoint = /public API +(\S+)/u.exec(started.output)?.[1] ?? "";
-      const apiKey = (await readFile(join(folder, "keys/organization"), "utf8")).trim();
+      const apiKey = key ?? (await readFile(join(folder, "keys/organization"), "utf8")).trim();
       return createClient({ endpoint, apiKey, ca: await readFile(join(folder, "ca/certificate.pem"), "utf8") });
     };
     const started = start(folder, []);
     using client = await clientOf(started);
+    const create = `create-organization --data '${folder}' --name other`;
+    const printed = await shell(`'${process.execPath}' control-plane/src/main.ts ${create}`);
+    const { apiKey: otherKey } = JSON.parse(printed.stdout) as { readonly apiKey: string };
+    using otherClient = await clientOf(started, otherKey);
+    const other = await otherClient.instances.run({ image: demoImage, command: ["sleep", "1000"] });
+    await other.waitUntilRunning({ timeoutMs: startTimeoutMs });
     const script = "trap exit TERM; echo start >> /workspace/starts; cat /workspace/starts; sleep 1000 & wait";
     const instance = await client.instances.run({ image: demoImage, command: ["sh", "-c", script] });
     await instance.waitUntilRunning({ timeoutMs: startTimeoutMs });
@@ -198,6 +204,10 @@ test(
       const stopped = await nextClient.instances.get(id);
       assert.deepEqual([stopped.state, stopped.reason], ["STOPPED", "STOPPED_BY_REQUEST"]);
     }
+    assert.match(started.output, /^Ctrl-C stops it\. The demo organization's instances .*; those of others fail\.$/mu);
+    using nextOtherClient = await clientOf(next, otherKey);
+    const lost = await nextOtherClient.instances.get(other.id);
+    assert.deepEqual([(await lost.waitUntilStopped()).id, lost.state], [other.id, "FAILED"]);
     const again = await nextClient.instances.get(instance.id);
     await again.start();
     await again.waitUntilRunning({ timeoutMs: startTimeoutMs });

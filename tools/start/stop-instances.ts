@@ -1,5 +1,6 @@
-// The end of a start takes the containers away. Their instances are stopped before, so that they end by request, and
-// not as failed: at the next start they can be started again, with their workspaces.
+// The end of a start takes the containers away. The demo organization's instances are stopped before, so that they end
+// by request, and not as failed: at the next start they can be started again, with their workspaces. Those of other
+// organizations fail: a start has no key to stop them with.
 import { setTimeout as wait } from "node:timers/promises";
 import { durationMs } from "@bufbuild/protobuf/wkt";
 import {
