@@ -1,5 +1,7 @@
 #!/usr/bin/env node
 // The command clodei-control-plane.
+import { statSync } from "node:fs";
+import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { parseId } from "@clodei/proto/ids";
 import packageJson from "../package.json" with { type: "json" };
@@ -207,10 +209,20 @@ type Services = {
 async function withServices(config: Config, work: (services: Services) => Promise<void>): Promise<void> {
   const log = createLog("warn");
   const clock = systemClock;
-  await using opened = await openDatabase(databaseSourceOf(config), { log, share: true });
+  const source = databaseSourceOf(config);
+  // Opening would make one, and in it a key that no server knows.
+  if (source.kind === "embedded" && !hasDatabase(source.dataFolder)) {
+    throw new ConfigError([`${source.dataFolder} has no database: is --data right? \`serve\` makes one`]);
+  }
+  await using opened = await openDatabase(source, { log, share: true });
   await using database = new Database({ app: opened.app, system: opened.system, maxConnectionsPerPool: 2, log });
   const identity = new IdentityService({ issuers: config.jwtIssuers, clock, log });
   await work({ database, identity, organizations: new OrganizationsService({ database, identity, clock }) });
+}
+
+function hasDatabase(dataFolder: string): boolean {
+  // Throws where this user may not look.
+  return statSync(join(dataFolder, "postgres", "PG_VERSION"), { throwIfNoEntry: false }) !== undefined;
 }
 
 function print(value: Readonly<Record<string, string>>): void {

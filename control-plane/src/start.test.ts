@@ -163,6 +163,26 @@ describe("the program", () => {
     });
   });
 
+  test("no command but serve makes a database: in a wrong data folder it says so, and leaves nothing", async () => {
+    await withFolder(async (folder) => {
+      for (const command of [
+        ["create-operator"],
+        ["create-organization", "--name", "Acme"],
+        ["revoke-api-key", "--key-id", `key_${"0".repeat(26)}`],
+        ["forget-ca"],
+      ]) {
+        for (const wrong of [folder, join(folder, "none")]) {
+          await assert.rejects(run([...command, "--data", wrong]), {
+            code: 2,
+            stdout: "",
+            stderr: `clodei-control-plane: ${wrong} has no database: is --data right? \`serve\` makes one\n`,
+          });
+        }
+      }
+      assert.deepEqual(await readdir(folder), []);
+    });
+  });
+
   test("a SIGKILL leaves no process behind, and loses nothing that was answered", async () => {
     await withFolder(async (folder) => {
       const first = await serve(folder);
