@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { execFile, spawn } from "node:child_process";
+import { execFile, spawn, spawnSync } from "node:child_process";
 import { cpSync, mkdirSync, mkdtempSync, readFileSync, realpathSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
@@ -78,6 +78,22 @@ test("node_modules are installed anew where they are not what the lock says, and
   const { "node_modules/pg": _dropped, ...packages } = cut.packages;
   writeFileSync(other, JSON.stringify({ ...cut, packages }));
   assert.match(packagesMismatch(copy) ?? "", /node_modules\/pg is not installed/u);
+});
+
+test("git has the mode of each program that npm makes executable, or every installation would change the checkout", (t) => {
+  const workspaces = JSON.parse(readFileSync(join(root, "package.json"), "utf8")) as { workspaces: string[] };
+  const programs = workspaces.workspaces.flatMap((workspace) => {
+    const { bin = {} } = JSON.parse(readFileSync(join(root, workspace, "package.json"), "utf8")) as {
+      bin?: Record<string, string>;
+    };
+    return Object.values(bin).map((path) => join(workspace, path));
+  });
+  assert.ok(programs.length > 0);
+  const listed = spawnSync("git", ["ls-files", "--stage", "--", ...programs], { cwd: root, encoding: "utf8" });
+  if (listed.status !== 0) return t.skip("no checkout of git");
+  const entries = listed.stdout.trimEnd().split("\n");
+  assert.equal(entries.length, programs.length);
+  for (const entry of entries) assert.match(entry, /^100755 /);
 });
 
 test("a lock that npm left incomplete is completed for every platform, and then stays as it is", () => {
