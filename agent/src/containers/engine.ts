@@ -1,8 +1,7 @@
 // The node's containers, on Docker. Every call is idempotent and can be repeated after the agent or the engine was
 // killed in the middle of it: a container's name follows from instance and attempt, so the second create finds the
 // first one's work.
-import { constants, readFileSync } from "node:fs";
-import { access } from "node:fs/promises";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Readable } from "node:stream";
 import type { ContainerSpec } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
@@ -14,6 +13,7 @@ import { type AttemptKey, type ContainerSettings, containerBody } from "./contai
 import { ContainerCreation, type CreatedContainer, startFailure } from "./container-creation.ts";
 import { DockerClient, engineError, refusalOf } from "./docker-client.ts";
 import { EngineError } from "./engine-error.ts";
+import { canReadOutput, type EngineInfo, hasDefaultSeccomp, readEngineInfo } from "./engine-info.ts";
 import { attemptOf, attemptsOf } from "./events.ts";
 import { ImageUsers } from "./image-users.ts";
 import { Images, type LocalImage } from "./images.ts";
@@ -50,15 +50,6 @@ export interface ContainerEngineOptions {
   readonly networkPool?: string;
   readonly pidsLimit?: number;
   readonly openFilesLimit?: number;
-}
-
-/** The engine behind the socket. */
-export interface EngineInfo {
-  readonly version: string;
-  readonly storageDriver: string;
-  readonly cgroupVersion: string;
-  /** Whether the engine applies an AppArmor profile to containers. */
-  readonly appArmor: boolean;
 }
 
 /** Where the engine writes a container's output. */
@@ -104,32 +95,14 @@ export class ContainerEngine {
 
   /** Whether the engine answers and is one that containers can be trusted to. Throws EngineError where not. */
   async check(signal: AbortSignal): Promise<EngineInfo> {
-    const info: unknown = await this.#client.get("answer", "/info", signal);
-    const {
-      DockerRootDir: rootFolder,
-      SecurityOptions,
-      ServerVersion,
-      Driver,
-      CgroupVersion,
-    } = info as Record<string, unknown>;
-    const security = Array.isArray(SecurityOptions) ? SecurityOptions.map(String) : [];
-    // The engine's own default is what containers get, since none is named for them. "builtin" from version 23 on.
-    if (!security.some((option) => /^name=seccomp,profile=(default|builtin)$/.test(option))) {
+    const info = await readEngineInfo(this.#client, signal);
+    if (!hasDefaultSeccomp(info))
       throw new EngineError("failed", "the container engine's seccomp profile is not Docker's default");
-    }
-    if (typeof rootFolder !== "string") throw new EngineError("failed", "the container engine names no data folder");
-    await access(join(rootFolder, "containers"), constants.R_OK | constants.X_OK).catch((error: unknown) => {
-      throw new EngineError("failed", `the container engine's data folder ${rootFolder} cannot be read`, {
-        cause: error,
-      });
-    });
-    this.#rootFolder = rootFolder;
-    return {
-      version: String(ServerVersion),
-      storageDriver: String(Driver),
-      cgroupVersion: typeof CgroupVersion === "string" ? CgroupVersion : "1",
-      appArmor: security.includes("name=apparmor"),
-    };
+    if (info.rootFolder === "") throw new EngineError("failed", "the container engine names no data folder");
+    if (!(await canReadOutput(info)))
+      throw new EngineError("failed", `the container engine's data folder ${info.rootFolder} cannot be read`);
+    this.#rootFolder = info.rootFolder;
+    return info;
   }
 
   /** This node's containers, in whatever state. */

@@ -34,8 +34,6 @@ export function observedContainer(container: ContainerInspectInfo): ObservedCont
   const state = container.State.Running ? "running" : ran ? "exited" : "created";
   const finishTime = container.State.Running ? undefined : timeOf(container.State.FinishedAt);
   const { ExitCode: exitCode } = container.State;
-  // The engine notes the start when it hears that the program runs; a short one may have ended by then.
-  const startTime = earlier(timeOf(container.State.StartedAt), finishTime);
   return {
     ...key,
     containerId: container.Id,
@@ -43,19 +41,22 @@ export function observedContainer(container: ContainerInspectInfo): ObservedCont
     state,
     exitCode: container.State.Running || !ran || isEndLost(exitCode, finishTime) ? undefined : exitCode,
     oomKilled: container.State.OOMKilled,
-    startTime,
+    startTime: startTimeOf(container),
     finishTime,
     imageId: container.Image,
     pid: container.State.Pid,
   };
 }
 
-function earlier(time: Date | undefined, other: Date | undefined): Date | undefined {
-  return time !== undefined && other !== undefined && other < time ? other : time;
+/** When it started. The engine notes that when it hears that the program runs; a short one may have ended by then. */
+export function startTimeOf({ State: state }: ContainerInspectInfo): Date | undefined {
+  const startTime = timeOf(state.StartedAt);
+  const finishTime = state.Running ? undefined : timeOf(state.FinishedAt);
+  return startTime !== undefined && finishTime !== undefined && finishTime < startTime ? finishTime : startTime;
 }
 
 /** A time of the engine's, which writes the year 1 for "never". */
-export function timeOf(text: string): Date | undefined {
+function timeOf(text: string): Date | undefined {
   const time = new Date(text);
   return Number.isNaN(time.getTime()) || time.getUTCFullYear() <= 1 ? undefined : time;
 }

@@ -6,7 +6,7 @@ import { EngineError } from "./engine-error.ts";
 import type { ImageUsers } from "./image-users.ts";
 import { astray, IsolationError, readIsolation } from "./isolation.ts";
 import { type NodeContainers, unless } from "./node-containers.ts";
-import { timeOf } from "./observed.ts";
+import { startTimeOf } from "./observed.ts";
 import type { Workspaces } from "./workspace.ts";
 
 /** A container that was started. */
@@ -33,7 +33,7 @@ export class ReadBack {
    * EngineError policy.
    */
   async read(key: AttemptKey, container: ContainerInspectInfo, signal: AbortSignal): Promise<StartedContainer> {
-    const startTime = timeOf(container.State.StartedAt) ?? new Date();
+    const startTime = startTimeOf(container) ?? new Date();
     if (!container.State.Running) return { startTime, isolation: undefined };
     try {
       return { startTime, isolation: await this.#isolation(key, container, signal) };

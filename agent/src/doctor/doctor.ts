@@ -9,7 +9,7 @@ import { statePaths } from "../identity/state-folder.ts";
 import { readGpus, simulateGpus } from "../inventory/gpu.ts";
 import type { GpuReadings } from "../inventory/readings.ts";
 import { checkEngine, readEngine } from "./engine-checks.ts";
-import type { EngineFacts } from "./engine-checks.ts";
+import type { EngineInfo } from "../containers/engine-info.ts";
 import type { Finding } from "./finding.ts";
 import { findingsOf } from "./finding.ts";
 import { checkGpus, checkToolkit } from "./gpu-checks.ts";
@@ -23,11 +23,11 @@ export async function examine(config: DoctorConfig): Promise<Finding[]> {
     readings(config),
     loadIdentity(config.stateFolder),
   ]);
-  const facts: EngineFacts | undefined = "check" in engine ? undefined : engine;
+  const info: EngineInfo | undefined = "check" in engine ? undefined : engine;
   const [engineFindings, machine, toolkit, link, controlPlane] = await Promise.all([
     "check" in engine ? withoutEngine(engine) : checkEngine(engine),
     Promise.all([checkUserNamespaces(), checkFileDescriptors(), checkDisk(config.stateFolder, config.minFreeMib)]),
-    checkToolkit(gpus, facts, config.searchPath),
+    checkToolkit(gpus, info, config.searchPath),
     identity === undefined ? notEnrolled("node-link") : checkNodeLink(identity),
     identity === undefined ? [notEnrolled("control-plane"), notEnrolled("clock")] : checkControlPlane(identity),
   ]);

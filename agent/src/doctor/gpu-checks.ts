@@ -4,7 +4,7 @@ import { access, constants } from "node:fs/promises";
 import { delimiter, join } from "node:path";
 import { GpuHealth } from "@clodei/proto/gen/clodei/v1/inventory";
 import type { GpuReadings } from "../inventory/readings.ts";
-import type { EngineFacts } from "./engine-checks.ts";
+import type { EngineInfo } from "../containers/engine-info.ts";
 import type { Finding } from "./finding.ts";
 import { findingsOf } from "./finding.ts";
 
@@ -41,7 +41,7 @@ export function checkGpus({ gpus, error }: GpuReadings): Finding {
 /** NVIDIA's container toolkit, where there is a device for it. */
 export async function checkToolkit(
   { gpus }: GpuReadings,
-  engine: EngineFacts | undefined,
+  engine: EngineInfo | undefined,
   searchPath: string,
 ): Promise<Finding> {
   const { ok, skipped, failed } = findingsOf("container-toolkit");

@@ -3,7 +3,7 @@
 import { connect } from "node:http2";
 import { request } from "node:https";
 import type { Identity } from "../identity/identity-store.ts";
-import { systemRoots } from "../identity/enrollment-client.ts";
+import { trustedWith } from "../identity/enrollment-client.ts";
 import { isExpired } from "../identity/renewal.ts";
 import { messageOf } from "../error-reason.ts";
 import type { Finding } from "./finding.ts";
@@ -67,7 +67,7 @@ export async function checkControlPlane({ controlPlaneUrl, roots }: Identity): P
   const clock = findingsOf("clock");
   const beganMs = Date.now();
   try {
-    const told = await dateOf(controlPlaneUrl, [...roots.map((root) => root.toString()), ...systemRoots()]);
+    const told = await dateOf(controlPlaneUrl, trustedWith(roots));
     const reached = ok(`${controlPlaneUrl} answers`);
     const theirsMs = Date.parse(told ?? "");
     if (Number.isNaN(theirsMs)) return [reached, clock.skipped("the control plane tells no time")];

@@ -1,5 +1,6 @@
 // Calls EnrollmentService on the public listener, over TLS that is verified fully.
 
+import type { X509Certificate } from "node:crypto";
 import { getCACertificates } from "node:tls";
 import type { Client } from "@connectrpc/connect";
 import { createClient } from "@connectrpc/connect";
@@ -48,7 +49,10 @@ export function trustedBy(anchor: Anchor): readonly string[] | "system" {
   return anchor.kind === "system" ? "system" : [anchor.root.toString()];
 }
 
-/** The system's roots in PEM. */
-export function systemRoots(): readonly string[] {
-  return getCACertificates("default");
+/**
+ * What an enrolled node trusts at the public listener, in PEM: that one shows a certificate under the node CA or under a
+ * public root, and both were good at enrollment.
+ */
+export function trustedWith(roots: readonly X509Certificate[]): readonly string[] {
+  return [...roots.map((root) => root.toString()), ...getCACertificates("default")];
 }

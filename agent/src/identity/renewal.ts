@@ -8,7 +8,7 @@ import type { Client } from "@connectrpc/connect";
 import type { NodeLinkService } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { renewAfterExpiryMs, renewalSignatureMessage } from "@clodei/proto/node-link";
 import { parseEndpoint } from "./enroll.ts";
-import { connectEnrollment, systemRoots } from "./enrollment-client.ts";
+import { connectEnrollment, trustedWith } from "./enrollment-client.ts";
 import type { EnrollmentConnection } from "./enrollment-client.ts";
 import { publicKeyDer } from "./identity-store.ts";
 import type { Identity, IdentityStore } from "./identity-store.ts";
@@ -74,12 +74,8 @@ export async function renewExpired(store: IdentityStore, identity: Identity, sig
   return await adopt(store, identity, key, response);
 }
 
-/** The public listener shows a certificate under the node CA or under a public root: both were good at enrollment. */
 function connectToKnown(identity: Identity): EnrollmentConnection {
-  return connectEnrollment(identity.controlPlaneUrl, [
-    ...identity.roots.map((root) => root.toString()),
-    ...systemRoots(),
-  ]);
+  return connectEnrollment(identity.controlPlaneUrl, trustedWith(identity.roots));
 }
 
 interface RenewalResponse {

@@ -303,8 +303,10 @@ export class Worker {
   }
 
   async #greet(signal: AbortSignal): Promise<void> {
-    const { version, storageDriver, appArmor } = await this.#options.engine.check(signal);
+    const { version, storageDriver, securityOptions } = await this.#options.engine.check(signal);
     this.#engineVersion = version;
+    // Where the machine has no AppArmor, a profile is ignored in silence.
+    const appArmor = securityOptions.includes("name=apparmor");
     this.#options.log.info({ version, storageDriver, appArmor }, "the container engine answers");
   }
 

@@ -28,7 +28,7 @@ export type InstanceFilter = {
   readonly showDeleted: boolean;
 };
 
-/** What a tenant's login may change of a row, in the order of updateRow's parameters. */
+/** What a tenant's login may change of a row. */
 const tenantColumns = [
   "update_time",
   "version",
