@@ -8,7 +8,7 @@ import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { newId, type OrganizationId } from "@clodei/proto/ids";
 import pg from "pg";
-import { Database } from "./database.ts";
+import { Database, DatabaseAwayError } from "./database.ts";
 import { DomainError } from "./errors.ts";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { checkLogin, LoginError } from "./logins.ts";
@@ -238,6 +238,49 @@ describe("the database", () => {
       proxy.close();
       await rm(folder, { recursive: true });
     }
+  });
+
+  test("a connection that the server ended is its absence, whether the end is read or written into", async () => {
+    const administrator = new pg.Client(db.server.administrator);
+    await administrator.connect();
+    const end = (pid: number): Promise<unknown> => administrator.query("select pg_terminate_backend($1, 5000)", [pid]);
+    const self = "select pg_backend_pid() as pid";
+    try {
+      // In the middle of a statement, and between two: there the next write finds a socket that is closed (EPIPE).
+      const during = db.database.system(async (tx) => {
+        const [row] = await tx.query<{ pid: number }>(self);
+        await Promise.all([tx.query("select pg_sleep(10)"), end(row?.pid ?? 0)]);
+      });
+      const between = db.database.system(async (tx) => {
+        const [row] = await tx.query<{ pid: number }>(self);
+        await end(row?.pid ?? 0);
+        await tx.query("select 1");
+      });
+      await assert.rejects(during, DatabaseAwayError);
+      await assert.rejects(between, DatabaseAwayError);
+      const gone = new Database({
+        app: { ...db.server.app, host: "/nonexistent" },
+        system: { ...db.server.system, host: "/nonexistent" },
+        log: db.log,
+      });
+      await assert.rejects(
+        gone.anonymous((tx) => tx.query("select 1")),
+        DatabaseAwayError,
+      );
+      await gone.close();
+    } finally {
+      await administrator.end();
+    }
+    // What the work itself cannot reach is not the database, and neither is a statement that is wrong.
+    const other = Object.assign(new Error("connect"), { code: "ECONNREFUSED" });
+    await assert.rejects(
+      db.database.system(() => Promise.reject(other)),
+      other,
+    );
+    await assert.rejects(
+      db.database.system((tx) => tx.query("select nonsense")),
+      pg.DatabaseError,
+    );
   });
 
   test("a database that does not answer is not healthy", async () => {

@@ -75,6 +75,17 @@ const typeParsers: pg.CustomTypesConfig = {
   },
 };
 
+/**
+ * The database cannot be reached now: the connection failed, or its server ends it. Made here alone, where it is known
+ * that an ECONNRESET is the database's and not that of something else which a request needed.
+ */
+export class DatabaseAwayError extends Error {
+  constructor(cause: unknown) {
+    super("the database cannot be reached", { cause });
+    this.name = "DatabaseAwayError";
+  }
+}
+
 /** The database as the program uses it. */
 export class Database implements AsyncDisposable {
   readonly #app: pg.Pool;
@@ -193,7 +204,7 @@ export class Database implements AsyncDisposable {
     work: (tx: Tx) => Promise<T>,
   ): Promise<T> {
     const effects: (() => void)[] = [];
-    const client = await pool.connect();
+    const client = await pool.connect().catch(rethrow);
     let broken: Error | undefined;
     const onError = (error: Error): void => {
       broken = error;
@@ -201,14 +212,16 @@ export class Database implements AsyncDisposable {
     client.on("error", onError);
     let result: T;
     try {
-      await client.query(
-        `begin isolation level ${options?.isolation ?? "read committed"};
-        set local statement_timeout = ${statementTimeoutMs};
-        set local idle_in_transaction_session_timeout = ${idleInTransactionTimeoutMs};
-        ${setting}`,
-      );
+      await client
+        .query(
+          `begin isolation level ${options?.isolation ?? "read committed"};
+          set local statement_timeout = ${statementTimeoutMs};
+          set local idle_in_transaction_session_timeout = ${idleInTransactionTimeoutMs};
+          ${setting}`,
+        )
+        .catch(rethrow);
       result = await work(createTx(client, effects));
-      const committed = await client.query("commit");
+      const committed = await client.query("commit").catch(rethrow);
       // A transaction that failed within answers "commit" with ROLLBACK; its error must have been swallowed.
       if (committed.command !== "COMMIT") throw new Error("the transaction was rolled back by a swallowed error");
     } catch (error) {
@@ -232,11 +245,11 @@ export class Database implements AsyncDisposable {
 function createTx(client: pg.PoolClient | pg.Pool, effects: (() => void)[] | "at once"): Tx {
   return {
     async query<Row extends object>(text: string, values: readonly unknown[] = []): Promise<Row[]> {
-      const result = await client.query<Row & pg.QueryResultRow>(text, [...values]);
+      const result = await client.query<Row & pg.QueryResultRow>(text, [...values]).catch(rethrow);
       return result.rows;
     },
     async execute(text: string, values: readonly unknown[] = []): Promise<number> {
-      const result = await client.query(text, [...values]);
+      const result = await client.query(text, [...values]).catch(rethrow);
       return result.rowCount ?? 0;
     },
     afterCommit(effect: () => void): void {
@@ -246,11 +259,9 @@ function createTx(client: pg.PoolClient | pg.Pool, effects: (() => void)[] | "at
   };
 }
 
-/** PostgreSQL's code of an error ("23505"), or undefined. */
+/** PostgreSQL's code of an error ("23505"), or undefined. Not by its looks: EPIPE has the shape of one. */
 export function sqlStateOf(error: unknown): string | undefined {
-  if (!(error instanceof Error) || !("code" in error)) return undefined;
-  const { code } = error;
-  return typeof code === "string" && /^[0-9A-Z]{5}$/.test(code) ? code : undefined;
+  return error instanceof pg.DatabaseError ? error.code : undefined;
 }
 
 /** The name of the constraint that an error says was violated, or undefined. */
@@ -260,8 +271,40 @@ export function constraintOf(error: unknown): string | undefined {
 }
 
 /** The driver gave up on an answer. What is asked next on the connection would wait behind it. */
-function isReadTimeout(error: unknown): error is Error {
-  return error instanceof Error && error.message === "Query read timeout";
+function isReadTimeout(error: unknown): error is DatabaseAwayError {
+  return error instanceof DatabaseAwayError && error.cause instanceof Error && error.cause.message === readTimeout;
+}
+
+/** Of the driver. */
+const readTimeout = "Query read timeout";
+
+function rethrow(error: unknown): never {
+  throw isLoss(error) ? new DatabaseAwayError(error) : error;
+}
+
+/** Of the socket, and of the name's resolution: a database that fails over is away in each of these ways. */
+const lostConnectionCodes: ReadonlySet<unknown> = new Set([
+  "EAI_AGAIN",
+  "ECONNREFUSED",
+  "ECONNRESET",
+  "EHOSTUNREACH",
+  "ENETUNREACH",
+  "ENOENT",
+  "ENOTFOUND",
+  "EPIPE",
+  "ETIMEDOUT",
+]);
+
+const lostConnectionMessages: RegExp = new RegExp(
+  `^(Connection terminated|timeout exceeded when trying to connect|${readTimeout}|Client has encountered a connection error)`,
+);
+
+/** The connection failed, or the server ends it: SQLSTATE classes 08 and 57P, and errors of the socket and pool. */
+function isLoss(error: unknown): boolean {
+  if (!(error instanceof Error)) return false;
+  const state = sqlStateOf(error);
+  if (state !== undefined) return state.startsWith("08") || state.startsWith("57P") || state === "53300";
+  return lostConnectionCodes.has(Reflect.get(error, "code")) || lostConnectionMessages.test(error.message);
 }
 
 function isRetryable(error: unknown): boolean {

@@ -9,7 +9,7 @@ import {
   QuotaFailureSchema,
   RetryInfoSchema,
 } from "@clodei/proto/gen/google/rpc/error_details";
-import { sqlStateOf } from "../platform/database.ts";
+import { DatabaseAwayError } from "../platform/database.ts";
 import { DomainError } from "../platform/errors.ts";
 
 /** The domain of our reasons in google.rpc.ErrorInfo. */
@@ -111,7 +111,7 @@ function toDomainError(error: unknown): DomainError {
   if (error instanceof ConnectError && reasonOfCode(error.code) !== ErrorReason.INTERNAL) {
     return new DomainError(reasonOfCode(error.code), error.rawMessage, { cause: error });
   }
-  if (isDatabaseLoss(error)) {
+  if (error instanceof DatabaseAwayError) {
     return new DomainError(ErrorReason.UNAVAILABLE, "the server cannot reach its database now: retry", {
       retryAfterMs: databaseRetryMs,
       cause: error,
@@ -124,33 +124,6 @@ function toDomainError(error: unknown): DomainError {
 }
 
 const databaseRetryMs = 1_000;
-
-/** Of the socket, and of the name's resolution: a database that fails over is away in each of these ways. */
-const lostConnectionCodes: ReadonlySet<string> = new Set([
-  "EAI_AGAIN",
-  "ECONNREFUSED",
-  "ECONNRESET",
-  "EHOSTUNREACH",
-  "ENETUNREACH",
-  "ENOENT",
-  "ENOTFOUND",
-  "EPIPE",
-  "ETIMEDOUT",
-]);
-
-/** The connection failed, or the server ends it: SQLSTATE classes 08 and 57P, and errors of the socket and pool. */
-function isDatabaseLoss(error: unknown): boolean {
-  if (!(error instanceof Error)) return false;
-  const state = sqlStateOf(error);
-  if (state !== undefined) return state.startsWith("08") || state.startsWith("57P") || state === "53300";
-  const code: unknown = Reflect.get(error, "code");
-  return (
-    (typeof code === "string" && lostConnectionCodes.has(code)) ||
-    /^(Connection terminated|timeout exceeded when trying to connect|Query read timeout|Client has encountered a connection error)/.test(
-      error.message,
-    )
-  );
-}
 
 /** Reasons for errors that the transport makes: an unreadable body, a message that is too long, a deadline. */
 function reasonOfCode(code: Code): ErrorReason {
