@@ -104,7 +104,7 @@ const settings = {
     value: "CIDR",
     variable: "CLODEI_NETWORK_POOL",
     fallback: "10.213.0.0/16",
-    help: "IPv4 range from which each instance's network is taken. Agents on one engine may share it.",
+    help: "IPv4 range from which each container's network is taken. Agents on one engine may share it.",
     parse: network,
   },
   "min-free-mib": {

@@ -8,7 +8,7 @@ import { maxPendingEntries } from "../../agent/src/journal/journal.ts";
 import { importBusybox } from "../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
 import { callEngine } from "../../tools/engine/api.ts";
-import { listContainers, listNetworks } from "../harness/containers.ts";
+import { listContainers, listNetworks, networkOf } from "../harness/containers.ts";
 import { engineUnavailable, startTestEngine } from "../harness/engine.ts";
 import { eventually } from "../harness/eventually.ts";
 import { image, seconds, TestNode, wanted } from "./node.ts";
@@ -350,16 +350,35 @@ describe("the worker on a real engine", { skip: engineUnavailable ?? false, time
     await other.reported(theirs, RUNNING);
     node.desire(wanted(mine, forever));
     await node.reported(mine, RUNNING);
+    const networks = await Promise.all([mine, theirs].map((id) => networkOf(engine, id)));
     node.desire();
     await node.reported(mine, REMOVED);
     assert.equal((await listContainers(engine, theirs)).length, 1);
+    const between = await listNetworks(engine);
+    assert.deepEqual(
+      networks.map((name) => between.includes(name)),
+      [false, true],
+    );
     other.desire();
     await other.reported(theirs, REMOVED);
-    // Other tests of this engine may have ended their node before its last network was gone.
-    await eventually(10_000, async () => {
-      const left = (await listNetworks(engine)).filter((name) => name.includes(mine) || name.includes(theirs));
-      assert.deepEqual(left, []);
-    });
+    const left = await listNetworks(engine);
+    assert.ok(!networks.some((name) => left.includes(name)));
+  });
+
+  it("keeps networks ready, starts also where somebody pruned them, and takes them away in the end", async () => {
+    let nodeId: string;
+    {
+      await using node = await TestNode.start(engine.socketPath);
+      ({ nodeId } = node);
+      await eventually(10_000, async () => assert.equal((await listNetworks(engine, nodeId)).length, 2));
+      await callEngine(engine.socketPath, { method: "POST", path: "/networks/prune" });
+      const id = newId("ins");
+      node.desire(wanted(id, forever));
+      await node.reported(id, RUNNING);
+      node.desire();
+      await node.reported(id, REMOVED);
+    }
+    assert.deepEqual(await listNetworks(engine, nodeId), []);
   });
 
   it("stops everything when it is revoked and keeps workspaces", async () => {

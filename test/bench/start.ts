@@ -1,20 +1,24 @@
 // From the SDK's call to RUNNING seen by the SDK, against the Docker calls that the agent makes for it (network,
-// container, start, with the same bodies) made by dockerode alone. Each round has one of ours between two bare ones: how
+// container, start, with the same bodies) made by dockerode alone. The agent has its networks ready before the call, and
+// makes the next one after it: no round begins before that is done, so that it disturbs neither side. Each round has one of ours between two bare ones: how
 // far those two lie apart is the machine's own noise, and no difference that is smaller says anything.
 import Docker from "dockerode";
 import type { ContainerSpec } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { ContainerSpecSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { create } from "@bufbuild/protobuf";
 import { mkdir } from "node:fs/promises";
+import assert from "node:assert/strict";
 import { join } from "node:path";
 import { newId } from "@clodei/proto/ids";
+import { randomBytes } from "node:crypto";
 import {
-  bridgeNames,
   type ContainerSettings,
   containerBody,
   networkBody,
+  networkName,
 } from "../../agent/src/containers/container-body.ts";
-import { inspectContainer, listContainers } from "../harness/containers.ts";
+import { inspectContainer, listContainers, listNetworks } from "../harness/containers.ts";
+import { eventually } from "../harness/eventually.ts";
 import { testImage, TestSystem } from "../harness/system.ts";
 import { type Figure, quantile, rounded } from "./figures.ts";
 
@@ -70,14 +74,13 @@ async function startBare(
   message: ContainerSpec,
   workspace: string,
 ): Promise<number> {
-  const instanceId = newId("ins");
+  const key = { instanceId: newId("ins"), attempt: 1 };
+  const id = randomBytes(6).toString("hex");
   const begin = performance.now();
-  const [bridge = ""] = bridgeNames(instanceId);
-  const place = { subnet: "10.214.0.0/28", gateway: "10.214.0.1", bridge };
-  const network = await docker.createNetwork(networkBody(settings.nodeId, instanceId, place));
-  const key = { instanceId, attempt: 1 };
+  const place = { subnet: "10.214.0.0/28", gateway: "10.214.0.1" };
+  const network = await docker.createNetwork(networkBody(settings.nodeId, id, place));
   const container = await docker.createContainer(
-    containerBody(settings, key, 1n, message, settings.imageId, workspace),
+    containerBody(settings, key, 1n, message, settings.imageId, workspace, networkName(id)),
   );
   await container.start();
   const elapsed = performance.now() - begin;
@@ -112,9 +115,15 @@ export async function benchStart(): Promise<Figure[]> {
   const ours: number[] = [];
   const bare: number[] = [];
   const bareAgain: number[] = [];
+  // At rest: what an agent keeps ready, and nothing else.
+  const restingNetworks = (await listNetworks(system.engine)).length;
+  const rest = (): Promise<void> =>
+    eventually(30_000, async () => assert.equal((await listNetworks(system.engine)).length, restingNetworks));
   for (let round = -warmUpRounds; round < rounds; round++) {
+    await rest();
     const bareMs = await startBare(docker, settings, message, workspace);
     const oursMs = await startInstance(system);
+    await rest();
     const bareAgainMs = await startBare(docker, settings, message, workspace);
     if (round < 0) continue;
     ours.push(oursMs);

@@ -36,10 +36,19 @@ export async function listContainers(engine: PrivateEngine, instanceId?: string)
     : all.filter((container) => container.Labels[containerLabels.instanceId] === instanceId);
 }
 
-/** Names of the engine's networks but its own three. */
-export async function listNetworks(engine: PrivateEngine): Promise<string[]> {
-  const networks = (await callEngineJson(engine.socketPath, { path: "/networks" })) as { Name: string }[];
-  return networks.map((network) => network.Name).filter((name) => !["bridge", "host", "none"].includes(name));
+/** Names of the networks that nodes made on the engine; of one node where it is named. */
+export async function listNetworks(engine: PrivateEngine, nodeId?: string): Promise<string[]> {
+  const label = nodeId === undefined ? containerLabels.nodeId : `${containerLabels.nodeId}=${nodeId}`;
+  const query = { filters: JSON.stringify({ label: [label] }) };
+  const networks = (await callEngineJson(engine.socketPath, { path: "/networks", query })) as { Name: string }[];
+  return networks.map((network) => network.Name);
+}
+
+/** The network of an instance's only container. */
+export async function networkOf(engine: PrivateEngine, instanceId: string): Promise<string> {
+  const [listed, ...others] = await listContainers(engine, instanceId);
+  if (listed === undefined || others.length > 0) throw new Error(`${instanceId} has not one container`);
+  return String((await inspectContainer(engine, listed.Id)).HostConfig["NetworkMode"]);
 }
 
 /** All that the engine knows of a container. */

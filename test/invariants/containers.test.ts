@@ -5,7 +5,14 @@ import { InstanceReason, InstanceState } from "@clodei/sdk";
 import { containerLabels, containerName } from "@clodei/proto/node-link";
 import { parseId } from "@clodei/proto/ids";
 import { callEngine, callEngineJson } from "../../tools/engine/api.ts";
-import { inspectContainer, listContainers, listNetworks, processesOf, processStatus } from "../harness/containers.ts";
+import {
+  inspectContainer,
+  listContainers,
+  listNetworks,
+  networkOf,
+  processesOf,
+  processStatus,
+} from "../harness/containers.ts";
 import { engineUnavailable } from "../harness/engine.ts";
 import { eventually } from "../harness/eventually.ts";
 import { testImage, TestSystem } from "../harness/system.ts";
@@ -62,7 +69,12 @@ describe("what runs on a node", { skip: engineUnavailable, timeout: 240_000 }, (
       container.Mounts.map((mount) => mount.Destination),
       ["/workspace"],
     );
-    assert.deepEqual(Object.keys(container.NetworkSettings.Networks), [`clodei-${instance.id}`]);
+    assert.deepEqual(Object.keys(container.NetworkSettings.Networks), [host["NetworkMode"]]);
+    const neighbors = (await listContainers(system.engine)).filter(({ Id }) => Id !== listed.Id);
+    for (const { Id } of neighbors) {
+      const { HostConfig: theirs } = await inspectContainer(system.engine, Id);
+      assert.notEqual(theirs["NetworkMode"], host["NetworkMode"]);
+    }
 
     const pids = await processesOf(listed.Id);
     assert.ok(pids.length >= 2, "the shell and what it started");
@@ -129,6 +141,7 @@ describe("what runs on a node", { skip: engineUnavailable, timeout: 240_000 }, (
       stopped.waitUntilRunning({ timeoutMs: 30_000 }),
       deleted.waitUntilRunning({ timeoutMs: 30_000 }),
     ]);
+    const networks = await Promise.all([stopped, deleted].map(({ id }) => networkOf(system.engine, id)));
     const agent = system.agent("mad-1");
     await agent.kill();
     await stopped.stop();
@@ -146,7 +159,8 @@ describe("what runs on a node", { skip: engineUnavailable, timeout: 240_000 }, (
     await eventually(reconciliationMs, async () => {
       assert.deepEqual(await listContainers(system.engine, stopped.id), []);
       assert.deepEqual(await listContainers(system.engine, deleted.id), []);
-      assert.ok(!(await listNetworks(system.engine)).includes(`clodei-${deleted.id}`));
+      const left = await listNetworks(system.engine);
+      assert.ok(!networks.some((name) => left.includes(name)));
     });
     await stopped.delete();
   });

@@ -6,7 +6,7 @@ import { describe, it } from "node:test";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import { ContainerSpecSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { newId } from "@clodei/proto/ids";
-import { bridgeNames, type ContainerSettings, containerBody, networkBody } from "./container-body.ts";
+import { type ContainerSettings, containerBody, networkBody } from "./container-body.ts";
 import { firstFileOfTar, resolveImageUser } from "./image-user.ts";
 import { RegistryAuth, RegistryAuthError } from "./registry-auth.ts";
 
@@ -19,7 +19,11 @@ const settings: ContainerSettings = {
 };
 const key = { instanceId: newId("ins"), attempt: 1 };
 
-const body = (spec: Omit<MessageInitShape<typeof ContainerSpecSchema>, "$typeName">, generation = 1n) =>
+const body = (
+  spec: Omit<MessageInitShape<typeof ContainerSpecSchema>, "$typeName">,
+  generation = 1n,
+  network = "clodei-0",
+) =>
   containerBody(
     settings,
     key,
@@ -27,6 +31,7 @@ const body = (spec: Omit<MessageInitShape<typeof ContainerSpecSchema>, "$typeNam
     create(ContainerSpecSchema, { cpuMillis: 1000, memoryMib: 64, ...spec }),
     "sha256:1",
     "/w",
+    network,
   );
 
 describe("what Docker is asked for", () => {
@@ -64,25 +69,21 @@ describe("what Docker is asked for", () => {
     assert.deepEqual(pick(body({ command: ["c"], args: ["a"] })), [["c"], ["a"]]);
   });
 
-  it("has a digest that tells specifications apart and generations not", () => {
+  it("has a digest that tells specifications apart, and neither generations nor networks", () => {
     const digest = (value: ReturnType<typeof body>) => value.Labels?.["clodei.spec_digest"];
-    assert.equal(digest(body({}, 1n)), digest(body({}, 2n)));
+    assert.equal(digest(body({}, 1n)), digest(body({}, 2n, "clodei-1")));
+    assert.equal(body({}, 2n, "clodei-1").HostConfig?.NetworkMode, "clodei-1");
     assert.notEqual(digest(body({})), digest(body({ memoryMib: 65 })));
   });
 
-  it("gives each instance a bridge with a name that a kernel takes", () => {
-    const names = bridgeNames(key.instanceId);
-    const [bridge] = names;
-    const network = networkBody(settings.nodeId, key.instanceId, {
-      subnet: "10.0.0.0/29",
-      gateway: "10.0.0.1",
-      bridge: bridge ?? "",
-    });
-    assert.equal(network.Options?.["com.docker.network.bridge.name"], bridge);
-    for (const name of names) assert.match(name, /^c[l-o][0-9a-z]{13}$/);
-    assert.equal(new Set(names).size, names.length);
+  it("gives each network a bridge with a name that a kernel takes", () => {
+    const id = "0123456789ab";
+    const network = networkBody(settings.nodeId, id, { subnet: "10.0.0.0/29", gateway: "10.0.0.1" });
+    const bridge = network.Options?.["com.docker.network.bridge.name"] ?? "";
+    assert.equal(bridge, `cl${id}`);
+    assert.ok(bridge.length <= 15);
+    assert.equal(network.Name, `clodei-${id}`);
     assert.equal(network.EnableIPv6, false);
-    assert.notDeepEqual(bridgeNames(newId("ins")), names);
   });
 });
 

@@ -46,25 +46,9 @@ const defaultStopGraceSeconds = 10;
 /** Docker looks up a resolver's search list on the host when none is given; this one means "none". */
 const noSearchDomains = ["."];
 
-/** The instance's network. */
-export function networkName(instanceId: InstanceId): string {
-  return `clodei-${instanceId}`;
-}
-
-/** What names of bridges begin with: the first, and what is taken where an engine does not give a name back. */
-const bridgePrefixes = ["cl", "cm", "cn", "co"] as const;
-
-/**
- * Names for the instance's bridge, the usual one first. Names of interfaces end at 15 characters; these are the last,
- * random ones of the id. As names of bridges are unique, so is the network, which Docker itself does not promise.
- */
-export function bridgeNames(instanceId: InstanceId): string[] {
-  return bridgePrefixes.map((prefix) => `${prefix}${instanceId.slice(-13)}`);
-}
-
-/** Labels of everything that belongs to an instance on this node. */
-function instanceLabels(nodeId: string, instanceId: InstanceId): Record<string, string> {
-  return { [containerLabels.nodeId]: nodeId, [containerLabels.instanceId]: instanceId };
+/** The name of a network. `id` is 12 random hexadecimal digits: names of interfaces end at 15 characters. */
+export function networkName(id: string): string {
+  return `clodei-${id}`;
 }
 
 /** Addresses of a network. */
@@ -75,15 +59,10 @@ export interface Subnet {
   readonly gateway: string;
 }
 
-/** What differs from network to network. */
-export interface NetworkPlace extends Subnet {
-  readonly bridge: string;
-}
-
 /** What POST /networks/create is asked for. */
-export function networkBody(nodeId: string, instanceId: InstanceId, place: NetworkPlace): NetworkCreateOptions {
+export function networkBody(nodeId: string, id: string, { subnet, gateway }: Subnet): NetworkCreateOptions {
   return {
-    Name: networkName(instanceId),
+    Name: networkName(id),
     CheckDuplicate: true,
     Driver: "bridge",
     Internal: false,
@@ -91,13 +70,18 @@ export function networkBody(nodeId: string, instanceId: InstanceId, place: Netwo
     EnableIPv6: false,
     // With the gateway named: an engine up to 20.10 that is killed while it removes a network without one panics at
     // every later start (https://github.com/moby/moby/issues/45057).
-    IPAM: { Driver: "default", Config: [{ Subnet: place.subnet, Gateway: place.gateway }] },
-    Options: { "com.docker.network.bridge.name": place.bridge },
-    Labels: instanceLabels(nodeId, instanceId),
+    IPAM: { Driver: "default", Config: [{ Subnet: subnet, Gateway: gateway }] },
+    // Names of bridges are unique, and so is the network, which Docker itself does not promise.
+    Options: { "com.docker.network.bridge.name": `cl${id}` },
+    Labels: { [containerLabels.nodeId]: nodeId },
   };
 }
 
-/** What POST /containers/create is asked for. */
+/**
+ * What POST /containers/create is asked for.
+ *
+ * @param network The name of a network that is this container's alone.
+ */
 export function containerBody(
   settings: ContainerSettings,
   key: AttemptKey,
@@ -105,6 +89,7 @@ export function containerBody(
   spec: ContainerSpec,
   imageId: string,
   workspaceFolder: string,
+  network: string,
 ): ContainerCreateOptions {
   const body: ContainerCreateOptions = {
     name: containerName(key.instanceId, key.attempt),
@@ -125,13 +110,16 @@ export function containerBody(
     // An image could name a signal that no process takes as a request to end.
     StopSignal: "SIGTERM",
     StopTimeout: Math.ceil(stopGraceMs(spec) / 1000),
-    HostConfig: hostConfig(settings, key, spec, workspaceFolder),
+    HostConfig: hostConfig(settings, spec, workspaceFolder),
   };
+  // Without the network: each attempt to create it may have taken another one.
   const digest = createHash("sha256").update(JSON.stringify(body)).digest("hex");
   return {
     ...body,
+    HostConfig: { ...body.HostConfig, NetworkMode: network },
     Labels: {
-      ...instanceLabels(settings.nodeId, key.instanceId),
+      [containerLabels.nodeId]: settings.nodeId,
+      [containerLabels.instanceId]: key.instanceId,
       [containerLabels.attempt]: String(key.attempt),
       [containerLabels.generation]: String(generation),
       [specDigestLabel]: digest,
@@ -147,7 +135,6 @@ export function stopGraceMs(spec: ContainerSpec): number {
 
 function hostConfig(
   settings: ContainerSettings,
-  key: AttemptKey,
   spec: ContainerSpec,
   workspaceFolder: string,
 ): HostConfig & { readonly CgroupnsMode: "private" } {
@@ -161,8 +148,7 @@ function hostConfig(
     SecurityOpt: ["no-new-privileges"],
     // Named, because a node's default may be NVIDIA's runtime, which grants GPUs by an environment variable.
     Runtime: "runc",
-    // Namespaces, all of the container's own.
-    NetworkMode: networkName(key.instanceId),
+    // Namespaces, all of the container's own. The network is named last.
     IpcMode: "private",
     PidMode: "",
     UTSMode: "",

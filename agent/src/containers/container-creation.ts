@@ -13,6 +13,8 @@ export interface CreatedContainer {
   readonly id: string;
   /** Whether it was there already, and had been started. */
   readonly ran: boolean;
+  /** The name of its network. */
+  readonly network: string;
 }
 
 /** Creates the containers of a node. */
@@ -23,22 +25,20 @@ export class ContainerCreation {
     this.#containers = containers;
   }
 
-  /**
-   * Creates an attempt's container, or takes up the one that is there. Throws EngineError: start_failed, policy.
-   *
-   * @param network Is being made meanwhile.
-   */
+  /** Creates an attempt's container, or takes up the one that is there. Throws EngineError: start_failed, policy. */
   async createOrAdopt(
     key: AttemptKey,
     body: Docker.ContainerCreateOptions,
-    network: Promise<void>,
     signal: AbortSignal,
   ): Promise<CreatedContainer> {
     const name = containerName(key.instanceId, key.attempt);
     // Twice at most: the second time after a container of another specification was taken away.
     for (;;) {
       try {
-        return { id: await this.#create(body, network, signal), ran: false };
+        const { id } = await this.#containers.change("create the container", signal, 0, (docker, abortSignal) =>
+          docker.createContainer({ ...body, abortSignal }),
+        );
+        return { id, ran: false, network: body.HostConfig?.NetworkMode ?? "" };
       } catch (error) {
         if (refusalOf(error)?.status !== 409) throw startFailure(error);
       }
@@ -48,25 +48,9 @@ export class ContainerCreation {
         throw new EngineError("failed", `a container named ${name} is there that this node did not create`);
       }
       if (found.Config.Labels[specDigestLabel] === body.Labels?.[specDigestLabel])
-        return { id: found.Id, ran: hasRun(found) };
+        return { id: found.Id, ran: hasRun(found), network: found.HostConfig.NetworkMode ?? "" };
       if (hasRun(found)) throw new EngineError("policy", `${name} was started with another specification`);
       await this.#containers.remove(found.Id, signal);
-    }
-  }
-
-  async #create(body: Docker.ContainerCreateOptions, network: Promise<void>, signal: AbortSignal): Promise<string> {
-    const create = () =>
-      this.#containers.change("create the container", signal, 0, (docker, abortSignal) =>
-        docker.createContainer({ ...body, abortSignal }),
-      );
-    try {
-      // The network is made meanwhile: it is looked for only at the start.
-      return (await create()).id;
-    } catch (error) {
-      if (!/network .* not found/i.test(refusalOf(error)?.message ?? "")) throw error;
-      // An engine that looks for it sooner.
-      await network;
-      return (await create()).id;
     }
   }
 }
@@ -74,5 +58,12 @@ export class ContainerCreation {
 /** What a refused create or start is to the customer. */
 export function startFailure(error: unknown): unknown {
   if (!(error instanceof EngineError) || error.kind === "away" || refusalOf(error) === undefined) return error;
+  // Nothing that the customer did: it is tried again, with another network.
+  if (isNetworkMissing(error)) return error;
   return new EngineError("start_failed", error.message, { cause: error });
+}
+
+/** Whether an engine refused because the container's network is not there. */
+export function isNetworkMissing(error: unknown): boolean {
+  return /network .* not found/i.test(refusalOf(error)?.message ?? "");
 }

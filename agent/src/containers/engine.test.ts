@@ -1,20 +1,20 @@
 import assert from "node:assert/strict";
 import { lstat, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { after, before, describe, it } from "node:test";
+import { after, afterEach, before, beforeEach, describe, it } from "node:test";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import { type ContainerSpec, ContainerSpecSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { InstanceReason, PullPolicy } from "@clodei/proto/gen/clodei/v1/instance";
-import { newId } from "@clodei/proto/ids";
+import { newId, parseId } from "@clodei/proto/ids";
 import { containerLabels, containerName } from "@clodei/proto/node-link";
-import { processesOf } from "../../../test/harness/containers.ts";
+import { listNetworks, processesOf } from "../../../test/harness/containers.ts";
 import { engineUnavailable, startTestEngine } from "../../../test/harness/engine.ts";
 import { eventually } from "../../../test/harness/eventually.ts";
 import { callEngine, callEngineJson } from "../../../tools/engine/api.ts";
 import { importBusybox } from "../../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../../tools/engine/private-engine.ts";
 import { runTool } from "../../../tools/engine/shell.ts";
-import { type AttemptKey, networkName } from "./container-body.ts";
+import type { AttemptKey } from "./container-body.ts";
 import { EngineError, type EngineErrorKind } from "./engine-error.ts";
 import { ContainerEngine, type ContainerEngineOptions } from "./engine.ts";
 import type { StartedContainer } from "./read-back.ts";
@@ -100,9 +100,13 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
   const inspect = (id: string): Promise<unknown> =>
     callEngineJson(engine.socketPath, { path: `/containers/${id}/json` });
 
+  const networkOf = async (id: string): Promise<string> => String(at(await inspect(id), "HostConfig", "NetworkMode"));
+
   it("invariant 5: the engine's view of a running container is exactly the hardening that was asked for", async () => {
     const key = await run(spec("sleep 100", { gpuUuids: ["GPU-SIM-1"], env: { A: "b" } }));
     const view = await inspect(key.id);
+    const network = await networkOf(key.id);
+    assert.match(network, /^clodei-[0-9a-f]{12}$/);
     const name = containerName(key.instanceId, 1);
     const workspace = join(engine.folder, "workspaces", key.instanceId);
     // The engine's own defaults: paths of /proc and /sys that a container must not read, or not write.
@@ -165,7 +169,7 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
       CapDrop: ["ALL"],
       SecurityOpt: ["no-new-privileges"],
       Runtime: "runc",
-      NetworkMode: networkName(key.instanceId),
+      NetworkMode: network,
       IpcMode: "private",
       PidMode: "",
       UTSMode: "",
@@ -229,7 +233,7 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
       StopTimeout: 10,
     });
     assert.equal(at(view, "Name"), `/${name}`);
-    assert.deepEqual(Object.keys(at(view, "NetworkSettings", "Networks") as object), [networkName(key.instanceId)]);
+    assert.deepEqual(Object.keys(at(view, "NetworkSettings", "Networks") as object), [network]);
     assert.deepEqual(at(view, "Mounts"), [
       { Type: "bind", Source: workspace, Destination: "/workspace", Mode: "", RW: true, Propagation: "rprivate" },
     ]);
@@ -465,21 +469,101 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
     assert.ok(performance.now() - begin < 6000);
     assert.equal((await observe(deaf))?.exitCode, 137);
     for (const key of [polite, deaf]) {
+      const network = await networkOf(key.id);
+      assert.ok((await listNetworks(engine)).includes(network));
       await containers.remove(key, signal);
       assert.equal(await observe(key), undefined);
-      await containers.removeWorkspace(key.instanceId);
-      assert.ok(!(await containers.leftovers(signal)).has(key.instanceId));
+      assert.ok(!(await listNetworks(engine)).includes(network));
     }
   });
 
-  it("keeps the network of an attempt while another attempt of the instance is there", async () => {
-    const first = await run(spec("sleep 100"));
-    const second = { ...first, attempt: 2 };
-    await prepare(second, spec("sleep 100"));
-    await containers.remove(first, signal);
-    await containers.start(second, signal);
-    assert.equal((await observe(second))?.state, "running");
-    await containers.remove(second, signal);
+  describe("networks", () => {
+    let mine: ContainerEngine;
+    let node: string;
+    beforeEach(() => {
+      const id = newId("nod");
+      node = id;
+      mine = make({ nodeId: id });
+    });
+    afterEach(async () => {
+      await mine.dropNetworks(signal);
+      assert.deepEqual(await listNetworks(engine, node), []);
+    });
+    const waitForRest = () => new Promise((resolve) => setTimeout(resolve, 1100));
+
+    it("invariant 5: puts each container into one that nothing was ever in, made ready or not", async () => {
+      await mine.prepareNetworks(signal);
+      const ready = await listNetworks(engine, node);
+      assert.equal(ready.length, 2);
+      const keys = Array.from({ length: 3 }, newKey);
+      const ids = await Promise.all(keys.map((key) => prepare(key, spec("sleep 100"), mine)));
+      const used = await Promise.all(ids.map(networkOf));
+      assert.equal(new Set(used).size, 3);
+      assert.ok(
+        ready.every((name) => used.includes(name)),
+        "those that were ready are used first",
+      );
+      for (const key of keys) {
+        await mine.start(key, signal);
+        await mine.remove(key, signal);
+      }
+      assert.deepEqual(await listNetworks(engine, node), [], "each goes with its container");
+      const next = newKey();
+      assert.ok(!used.includes(await networkOf(await prepare(next, spec("true"), mine))));
+      await mine.discard(next, signal);
+    });
+
+    it("are made ready only when the starts before have had the engine for themselves", async () => {
+      const key = newKey();
+      await prepare(key, spec("true"), mine);
+      await mine.prepareNetworks(signal);
+      assert.equal((await listNetworks(engine, node)).length, 1);
+      await waitForRest();
+      await mine.prepareNetworks(signal);
+      assert.equal((await listNetworks(engine, node)).length, 3);
+      await mine.remove(key, signal);
+    });
+
+    it("are swept where nobody needs them, the node's own alone", async () => {
+      const [dead, other] = [make({ nodeId: parseId("nod", node) ?? newId("nod") }), make({ nodeId: newId("nod") })];
+      for (const one of [dead, other]) await one.prepareNetworks(signal);
+      const all = (await listNetworks(engine)).length;
+      const key = newKey();
+      const kept = await networkOf(await prepare(key, spec("true"), mine));
+      await mine.sweepNetworks(signal);
+      // The container is not started yet: the engine would let its network go.
+      assert.deepEqual(await listNetworks(engine, node), [kept]);
+      assert.equal((await listNetworks(engine)).length, all + 1 - 2);
+      await mine.start(key, signal);
+      await mine.remove(key, signal);
+      await waitForRest();
+      await mine.prepareNetworks(signal);
+      await mine.sweepNetworks(signal);
+      assert.equal((await listNetworks(engine, node)).length, 2, "those that are ready stay");
+      await other.dropNetworks(signal);
+    });
+
+    it("are replaced by others where somebody took the ready ones away", async () => {
+      const prune = () => callEngine(engine.socketPath, { method: "POST", path: "/networks/prune" });
+      await mine.prepareNetworks(signal);
+      await prune();
+      const key = newKey();
+      await prepare(key, spec("sleep 100"), mine);
+      await assert.rejects(mine.start(key, signal), fails("not_found", /network .* not found/));
+      // As the executor does where a start failed that was not the customer's doing.
+      assert.equal(await mine.startTrace(key, signal), "not_begun");
+      await mine.discard(key, signal);
+      await prepare(key, spec("sleep 100"), mine);
+      assert.notEqual((await mine.start(key, signal)).isolation, undefined);
+      await mine.remove(key, signal);
+      // Nothing was started meanwhile: the sweep finds out.
+      await waitForRest();
+      await mine.prepareNetworks(signal);
+      await prune();
+      await mine.sweepNetworks(signal);
+      await mine.prepareNetworks(signal);
+      assert.equal((await listNetworks(engine, node)).length, 2);
+    });
   });
 
   it("names attempts whose containers change, and says when the engine goes away", async () => {
@@ -549,8 +633,7 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
     assert.equal(await elsewhere.clearStrays(signal), 1);
     assert.equal((await make().clearStrays(signal)) + (await elsewhere.clearStrays(signal)), 0);
     await containers.remove(known, signal);
-    await containers.removeNetwork(forgotten.instanceId, signal);
-    await elsewhere.removeNetwork(others.instanceId, signal);
+    for (const one of [make(), elsewhere]) await one.sweepNetworks(signal);
   });
 
   it("removes containers with its label that name no attempt", async () => {

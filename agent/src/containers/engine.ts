@@ -6,18 +6,18 @@ import { join } from "node:path";
 import type { Readable } from "node:stream";
 import type { ContainerSpec } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { PullPolicy } from "@clodei/proto/gen/clodei/v1/instance";
-import { type InstanceId, type NodeId, parseId } from "@clodei/proto/ids";
+import type { InstanceId, NodeId } from "@clodei/proto/ids";
 import { containerLabels, containerName } from "@clodei/proto/node-link";
 import type { ContainerInspectInfo } from "dockerode";
 import { type AttemptKey, type ContainerSettings, containerBody } from "./container-body.ts";
-import { ContainerCreation, type CreatedContainer, startFailure } from "./container-creation.ts";
+import { ContainerCreation, type CreatedContainer, isNetworkMissing, startFailure } from "./container-creation.ts";
 import { DockerClient, engineError, refusalOf } from "./docker-client.ts";
 import { EngineError } from "./engine-error.ts";
 import { canReadOutput, type EngineInfo, hasDefaultSeccomp, readEngineInfo } from "./engine-info.ts";
 import { attemptOf, attemptsOf } from "./events.ts";
 import { ImageUsers } from "./image-users.ts";
 import { Images, type LocalImage } from "./images.ts";
-import { InstanceNetworks } from "./networks.ts";
+import { ContainerNetworks } from "./networks.ts";
 import { NodeContainers, unless } from "./node-containers.ts";
 import { hasRun, type ObservedContainer, observedContainer } from "./observed.ts";
 import type { PullBytes } from "./pull.ts";
@@ -64,7 +64,7 @@ export class ContainerEngine {
   readonly #settings: ContainerSettings;
   readonly #containers: NodeContainers;
   readonly #images: Images;
-  readonly #networks: InstanceNetworks;
+  readonly #networks: ContainerNetworks;
   readonly #workspaces: Workspaces;
   readonly #users: ImageUsers;
   readonly #creation: ContainerCreation;
@@ -85,7 +85,7 @@ export class ContainerEngine {
     };
     this.#containers = new NodeContainers(this.#client, options.nodeId);
     this.#images = new Images(this.#client, options.registryAuth);
-    this.#networks = new InstanceNetworks(this.#client, options.nodeId, options.networkPool ?? defaultNetworkPool);
+    this.#networks = new ContainerNetworks(this.#client, options.nodeId, options.networkPool ?? defaultNetworkPool);
     this.#workspaces = new Workspaces(options.workspaceFolder);
     this.#users = new ImageUsers(this.#containers);
     this.#creation = new ContainerCreation(this.#containers);
@@ -131,17 +131,6 @@ export class ContainerEngine {
     return this.#images.ensure(image, policy, onProgress, signal);
   }
 
-  /**
-   * Makes the instance's network, where it is not there already. It takes longest of all that comes before a start: it
-   * is begun first, and `create` waits for it.
-   */
-  ensureNetwork(instanceId: InstanceId, signal: AbortSignal): Promise<void> {
-    const network = this.#networks.ensure(instanceId, signal);
-    // A failure of what is done meanwhile must not leave this one's unheard.
-    network.catch(() => {});
-    return network;
-  }
-
   /** Makes workspace and container of an attempt, where they are not there already. */
   async create(
     key: AttemptKey,
@@ -149,15 +138,24 @@ export class ContainerEngine {
     spec: ContainerSpec,
     image: LocalImage,
     signal: AbortSignal,
-    network = this.ensureNetwork(key.instanceId, signal),
   ): Promise<CreatedContainer> {
     const workspace = await this.#workspaces.ensure(key.instanceId);
-    const body = containerBody(this.#settings, key, generation, spec, image.imageId, workspace);
-    const container = await this.#creation.createOrAdopt(key, body, network, signal);
+    const network = await this.#networks.take(signal);
+    let container: CreatedContainer;
+    try {
+      const body = containerBody(this.#settings, key, generation, spec, image.imageId, workspace, network);
+      container = await this.#creation.createOrAdopt(key, body, signal);
+    } catch (error) {
+      if (isNetworkMissing(error)) this.#networks.forgetReady();
+      throw error;
+    } finally {
+      this.#networks.settle(network);
+    }
+    // What an earlier process made has a network already; this one was never used, and is not worth a list of its own.
+    if (container.network !== network) await this.#networks.remove(network, signal);
     this.#noteSeen([container.id]);
     if (!container.ran)
       await this.#workspaces.own(key.instanceId, await this.#users.of(image.imageId, image.user, container.id, signal));
-    await network;
     return container;
   }
 
@@ -169,7 +167,7 @@ export class ContainerEngine {
    */
   async start(key: AttemptKey, signal: AbortSignal, created?: CreatedContainer): Promise<StartedContainer> {
     const { id, ran } = created ?? (await this.#lookCreated(key, signal));
-    if (!ran) await this.#start(key, id, signal);
+    if (!ran) await this.#start(id, signal);
     return this.#readBack.read(key, await this.#containers.get(key, signal), signal);
   }
 
@@ -179,11 +177,11 @@ export class ContainerEngine {
     return traceOfStart(container.Id, join(await this.#outputFolder(container.Id, signal), "container.log"));
   }
 
-  /** Takes a container that was never started away, with all that a start which was cut off left. Its network stays. */
+  /** Takes a container that was never started away, with all that a start which was cut off left. */
   async discard(key: AttemptKey, signal: AbortSignal): Promise<void> {
     const container = await this.#getUnstarted(key, signal);
     await clearStart(container.Id);
-    await this.#containers.remove(container.Id, signal);
+    await this.#removeWhole(container, signal);
   }
 
   /** Reads back the isolation of a container that was found running. */
@@ -206,16 +204,14 @@ export class ContainerEngine {
       .catch(unless(304, 404));
   }
 
-  /** Removes an attempt's container, with its network when no other attempt of the instance is left. */
+  /** Removes an attempt's container with its network. */
   async remove(key: AttemptKey, signal: AbortSignal): Promise<void> {
     const container = await this.#containers.find(key, signal);
     if (container !== undefined) {
       // What the engine does not know of it does not take away either.
       if (!hasRun(container)) await clearStart(container.Id);
-      await this.#containers.remove(container.Id, signal);
+      await this.#removeWhole(container, signal);
     }
-    const others = await this.#containers.ids({ [containerLabels.instanceId]: key.instanceId }, signal);
-    if (others.length === 0) await this.#networks.remove(key.instanceId, signal);
   }
 
   /** Removes an instance's workspace. Only once its containers are gone. */
@@ -223,15 +219,20 @@ export class ContainerEngine {
     await this.#workspaces.remove(instanceId);
   }
 
-  /** Instances that left a network or a workspace here. */
-  async leftovers(signal: AbortSignal): Promise<Set<InstanceId>> {
-    const names = [...(await this.#networks.list(signal)), ...(await this.#workspaces.list())];
-    return new Set(names.map((name) => parseId("ins", name)).filter((id) => id !== undefined));
+  /** Makes networks for the next starts, so that these need not wait for them. */
+  prepareNetworks(signal: AbortSignal): Promise<void> {
+    return this.#networks.prepare(signal);
   }
 
-  /** Removes an instance's network. Only once its containers are gone. */
-  async removeNetwork(instanceId: InstanceId, signal: AbortSignal): Promise<void> {
-    await this.#networks.remove(instanceId, signal);
+  /** Removes this node's networks that no container of it needs. */
+  sweepNetworks(signal: AbortSignal): Promise<void> {
+    return this.#networks.sweep(() => this.#containers.networks(signal), signal);
+  }
+
+  /** Removes the networks that were made for the next starts: there will be none. */
+  async dropNetworks(signal: AbortSignal): Promise<void> {
+    this.#networks.forgetReady();
+    await this.sweepNetworks(signal);
   }
 
   /** Removes containers that carry this node's label and name no attempt. Returns how many. */
@@ -329,25 +330,24 @@ export class ContainerEngine {
     const container = await this.#containers.get(key, signal);
     const ran = hasRun(container);
     if (!ran) await this.#users.of(container.Image, container.Config.User, container.Id, signal);
-    return { id: container.Id, ran };
+    return { id: container.Id, ran, network: container.HostConfig.NetworkMode ?? "" };
   }
 
-  async #start(key: AttemptKey, containerId: string, signal: AbortSignal): Promise<void> {
-    const start = () =>
-      this.#containers.change("start the container", signal, 0, async (docker, abortSignal) => {
+  async #start(containerId: string, signal: AbortSignal): Promise<void> {
+    try {
+      await this.#containers.change("start the container", signal, 0, async (docker, abortSignal) => {
         await docker.getContainer(containerId).start({ abortSignal });
       });
-    try {
-      await start();
     } catch (error) {
       if (refusalOf(error)?.status === 304) return;
-      if (!/network .* not found/i.test(refusalOf(error)?.message ?? "")) throw startFailure(error);
-      // The removal of an earlier attempt took it away.
-      await this.#networks.ensure(key.instanceId, signal);
-      await start().catch((second: unknown) => {
-        throw startFailure(second);
-      });
+      if (isNetworkMissing(error)) this.#networks.forgetReady();
+      throw startFailure(error);
     }
+  }
+
+  async #removeWhole(container: ContainerInspectInfo, signal: AbortSignal): Promise<void> {
+    await this.#containers.remove(container.Id, signal);
+    await this.#networks.remove(container.HostConfig.NetworkMode ?? "", signal);
   }
 }
 

@@ -1,10 +1,10 @@
-// One bridge network for each instance. Its addresses are named here and not left to the engine, whose own pools hold
-// 31 networks where nobody configured them.
-import { createHash } from "node:crypto";
-import type { InstanceId } from "@clodei/proto/ids";
+// One bridge network for each container, made beforehand: an engine takes longer to make a network than to start the
+// container. No container is ever put where another one was: a network serves once, and goes with its container. Its
+// addresses are named here and not left to the engine, whose own pools hold 31 networks where nobody configured them.
+import { randomBytes, randomInt } from "node:crypto";
 import { containerLabels } from "@clodei/proto/node-link";
 import type { NetworkInspectInfo } from "dockerode";
-import { bridgeNames, networkBody, networkName, type NetworkPlace, type Subnet } from "./container-body.ts";
+import { networkBody, networkName, type Subnet } from "./container-body.ts";
 import { changeTimeoutMs, type DockerClient, isMissing, lookTimeoutMs, refusalOf } from "./docker-client.ts";
 import { EngineError } from "./engine-error.ts";
 
@@ -14,70 +14,113 @@ const maxSubnetTries = 64;
 /** An endpoint of a container that was just removed can take a moment to go. */
 const maxRemovalTries = 5;
 const removalRetryMs = 100;
+/** Two starts at once find one. More would cost an agent's first and last seconds more than they give. */
+const readyNetworks = 2;
+/** After a network was taken a container starts: so long the engine is left to that. */
+const restMs = 1000;
 
-/** The networks of a node's instances. */
-export class InstanceNetworks {
+/** The networks of a node's containers. */
+export class ContainerNetworks {
   readonly #client: DockerClient;
   readonly #nodeId: string;
   readonly #pool: SubnetPool;
+  /** Names of those that nobody has used. */
+  #ready: string[] = [];
+  /** Names of those that no container needs to name: they are being made, ready, or taken for a container to come. */
+  readonly #reserved = new Set<string>();
+  #takenMs = Number.NEGATIVE_INFINITY;
 
-  /** @param pool A network in the notation "10.213.0.0/16" from which each instance gets 8 addresses. */
+  /** @param pool A network in the notation "10.213.0.0/16" from which each container's network gets 8 addresses. */
   constructor(client: DockerClient, nodeId: string, pool: string) {
     this.#client = client;
     this.#nodeId = nodeId;
     this.#pool = parsePool(pool);
   }
 
-  /** Makes the instance's network; one that is there is taken. */
-  async ensure(instanceId: InstanceId, signal: AbortSignal): Promise<void> {
-    const start = createHash("sha256").update(instanceId).digest().readUInt32BE(0);
-    const bridges = bridgeNames(instanceId);
+  /** Returns the name of a network that nothing was ever in. Reserved until `settle`. */
+  async take(signal: AbortSignal): Promise<string> {
+    this.#takenMs = performance.now();
+    return this.#ready.shift() ?? (await this.#make(signal));
+  }
+
+  /** The container that a network was taken for names it by now, or never will. */
+  settle(name: string): void {
+    this.#reserved.delete(name);
+  }
+
+  /** Makes networks ready, but not while starts want the engine for themselves. */
+  async prepare(signal: AbortSignal): Promise<void> {
+    while (this.#ready.length < readyNetworks && performance.now() - this.#takenMs >= restMs)
+      this.#ready.push(await this.#make(signal));
+  }
+
+  /** Those that were made ready are not to be trusted: somebody took one away. The sweep removes what is left of them. */
+  forgetReady(): void {
+    for (const name of this.#ready) this.#reserved.delete(name);
+    this.#ready = [];
+  }
+
+  /** Removes a network. One that is not there, or not this node's, is no error. */
+  async remove(name: string, signal: AbortSignal): Promise<void> {
+    if (await this.#isOwn(name, signal)) await this.#removeByName(name, signal);
+  }
+
+  /**
+   * Removes this node's networks that are neither reserved nor named by a container.
+   *
+   * @param readNamed Reads the names that containers give. Asked after the networks were listed.
+   */
+  async sweep(readNamed: () => Promise<ReadonlySet<string>>, signal: AbortSignal): Promise<void> {
+    const ready = [...this.#ready];
+    const listed = await this.#list(signal);
+    // An operator's `docker network prune` takes them, because they are empty.
+    if (ready.some((name) => !listed.includes(name))) this.forgetReady();
+    const suspects = listed.filter((name) => !this.#reserved.has(name));
+    if (suspects.length === 0) return;
+    const named = await readNamed();
+    for (const name of suspects) {
+      if (!named.has(name)) await this.#removeByName(name, signal);
+    }
+  }
+
+  async #make(signal: AbortSignal): Promise<string> {
+    const start = randomInt(this.#pool.subnets);
     for (let step = 0; step < maxSubnetTries; step += 1) {
-      const [bridge = ""] = bridges;
+      const id = randomBytes(6).toString("hex");
+      const name = networkName(id);
+      // Before it is there: a sweep may see it sooner than the answer comes.
+      this.#reserved.add(name);
       try {
-        await this.#create(instanceId, { ...subnetOf(this.#pool, start + step), bridge }, signal);
-        return;
+        const body = networkBody(this.#nodeId, id, subnetOf(this.#pool, start + step));
+        await this.#client.call("create the network", { signal, timeoutMs: changeTimeoutMs }, (docker, abortSignal) =>
+          docker.createNetwork({ ...body, abortSignal }),
+        );
+        return name;
       } catch (error) {
+        // One whose answer was lost is for the sweep.
+        this.#reserved.delete(name);
+        // Others cut their addresses from the same range; and an engine that was killed while it made a network keeps
+        // the bridge for one that nobody can see.
         const message = refusalOf(error)?.message ?? "";
-        if (/overlap/i.test(message)) continue;
-        if (!/already exists|conflicts with network|already used/i.test(message)) throw error;
-        // Its name, or its bridge's, is taken: by itself, made by a call whose answer was lost, or by somebody else.
-        if (await this.#isOwn(instanceId, signal)) return;
-        // An engine that was killed while it made the network keeps the bridge for a network that nobody can see.
-        bridges.shift();
-        if (bridges.length === 0) throw error;
+        if (!/overlap|already exists|conflicts with network|already used/i.test(message)) throw error;
       }
     }
     throw new EngineError("failed", `no addresses are free for another network in ${this.#pool.text}`);
   }
 
-  /** Removes the instance's network. One that is not there, or not this node's, is no error. */
-  async remove(instanceId: InstanceId, signal: AbortSignal): Promise<void> {
-    if (await this.#isOwn(instanceId, signal)) await this.#removeByName(networkName(instanceId), signal);
-  }
-
-  /** Instances that have a network on this node. */
-  async list(signal: AbortSignal): Promise<string[]> {
+  async #list(signal: AbortSignal): Promise<string[]> {
     const filters = { label: [`${containerLabels.nodeId}=${this.#nodeId}`] };
     const networks = await this.#client.call(
       "list networks",
       { signal, timeoutMs: lookTimeoutMs },
       (docker, abortSignal) => docker.listNetworks({ filters, abortSignal }),
     );
-    return networks.map((network) => network.Labels?.[containerLabels.instanceId] ?? "").filter((id) => id !== "");
+    return networks.map((network) => network.Name);
   }
 
-  async #create(instanceId: InstanceId, place: NetworkPlace, signal: AbortSignal): Promise<void> {
-    const body = networkBody(this.#nodeId, instanceId, place);
-    await this.#client.call("create the network", { signal, timeoutMs: changeTimeoutMs }, (docker, abortSignal) =>
-      docker.createNetwork({ ...body, abortSignal }),
-    );
-  }
-
-  async #isOwn(instanceId: InstanceId, signal: AbortSignal): Promise<boolean> {
+  async #isOwn(name: string, signal: AbortSignal): Promise<boolean> {
     try {
-      const path = `/networks/${networkName(instanceId)}`;
-      const found = (await this.#client.get("look at the network", path, signal)) as NetworkInspectInfo;
+      const found = (await this.#client.get("look at the network", `/networks/${name}`, signal)) as NetworkInspectInfo;
       return found.Labels?.[containerLabels.nodeId] === this.#nodeId;
     } catch (error) {
       if (isMissing(error)) return false;
@@ -101,7 +144,7 @@ export class InstanceNetworks {
   }
 }
 
-/** Where the instances' addresses are cut from. */
+/** Where the addresses are cut from. */
 interface SubnetPool {
   readonly text: string;
   readonly base: number;

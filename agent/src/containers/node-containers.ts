@@ -1,7 +1,7 @@
 // The node's containers as Docker's API sees them: looked up, listed and removed by name, and only this node's.
 import type { Readable } from "node:stream";
 import { containerLabels, containerName } from "@clodei/proto/node-link";
-import type { ContainerInspectInfo } from "dockerode";
+import type { ContainerInfo, ContainerInspectInfo } from "dockerode";
 import type Docker from "dockerode";
 import type { AttemptKey } from "./container-body.ts";
 import { changeTimeoutMs, type DockerClient, isMissing, lookTimeoutMs, refusalOf } from "./docker-client.ts";
@@ -56,12 +56,12 @@ export class NodeContainers {
 
   /** Ids of this node's containers that carry the labels. */
   async ids(labels: Readonly<Record<string, string>>, signal: AbortSignal): Promise<string[]> {
-    const all = { [containerLabels.nodeId]: this.#nodeId, ...labels };
-    const filters = { label: Object.entries(all).map(([name, value]) => `${name}=${value}`) };
-    const found = await this.look("list containers", signal, (docker, abortSignal) =>
-      docker.listContainers({ all: true, filters, abortSignal }),
-    );
-    return found.map((container) => container.Id);
+    return (await this.#list(labels, signal)).map((container) => container.Id);
+  }
+
+  /** Names of the networks that this node's containers are in, or will be once they start. */
+  async networks(signal: AbortSignal): Promise<ReadonlySet<string>> {
+    return new Set((await this.#list({}, signal)).map(({ HostConfig: { NetworkMode: name } }) => name));
   }
 
   /** Removes a container and the volumes that its image declared, and returns when it is gone. */
@@ -89,6 +89,14 @@ export class NodeContainers {
       if (isMissing(error)) return undefined;
       throw error;
     }
+  }
+
+  #list(labels: Readonly<Record<string, string>>, signal: AbortSignal): Promise<ContainerInfo[]> {
+    const all = { [containerLabels.nodeId]: this.#nodeId, ...labels };
+    const filters = { label: Object.entries(all).map(([name, value]) => `${name}=${value}`) };
+    return this.look("list containers", signal, (docker, abortSignal) =>
+      docker.listContainers({ all: true, filters, abortSignal }),
+    );
   }
 
   /** A call that changes nothing. */

@@ -1,7 +1,7 @@
 // The one folder of the host that a container sees. It stands below a folder that only the agent may enter, so that
 // what a customer does with its mode gives nobody on the node a way in.
 import { constants } from "node:fs";
-import { lstat, mkdir, open, readdir, rm } from "node:fs/promises";
+import { lstat, mkdir, open, rm } from "node:fs/promises";
 import { join } from "node:path";
 import type { InstanceId } from "@clodei/proto/ids";
 import type { ImageUser } from "./image-user.ts";
@@ -20,11 +20,6 @@ export class Workspaces {
   path(instanceId: InstanceId): string {
     // A branded id holds letters, digits and "_" only; nobody gets out of the folder with one.
     return join(this.#folder, instanceId);
-  }
-
-  /** Names of the folders that are there. */
-  async list(): Promise<string[]> {
-    return readdir(this.#folder).catch(() => []);
   }
 
   /** Makes the instance's folder where it is missing. What is in it stays. */

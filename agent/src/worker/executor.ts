@@ -75,7 +75,7 @@ export class Executor {
       case "finish":
         return this.#finish(action);
       case "end":
-        return await this.#endWithoutContainer(action, action.cause, signal);
+        return this.#endWithoutContainer(action, action.cause);
       case "remove_container":
         return await this.#removeContainer(action, signal);
       case "remove_instance":
@@ -89,7 +89,7 @@ export class Executor {
   }
 
   async #start(key: AttemptKey, signal: AbortSignal): Promise<void> {
-    const { engine, book, judge, wishFor, observed } = this.#options;
+    const { book, judge, wishFor, observed } = this.#options;
     const wish = wishFor(key);
     // What was validated and created is what runs, whatever a later set says about the same attempt.
     const spec = book.get(key)?.spec ?? wish?.spec;
@@ -102,27 +102,14 @@ export class Executor {
     }
     const refusal = judge.refusalOf(spec);
     if (refusal !== undefined) return this.#end(key, refusal);
-    let network: Promise<void> | undefined;
     try {
       if (observed(key) !== undefined) await this.#clearUnstarted(key, signal);
-      network = engine.ensureNetwork(key.instanceId, signal);
-      const { image, container } = await this.#create(key, spec, wish.generation, network, signal);
+      const { image, container } = await this.#create(key, spec, wish.generation, signal);
       await this.#run(key, image, container, signal);
     } catch (error) {
       if (!(error instanceof EngineError) || !isFinal(error)) throw error;
       this.#options.log.debug({ instanceId: key.instanceId, cause: messageOf(error.cause) }, "the engine's own words");
       this.#end(key, { reason: error.reason, message: error.message });
-      if (observed(key) === undefined) await this.#dropNetwork(key, network, signal);
-    }
-  }
-
-  /** Nothing will use it. What fails here is left to the sweep. */
-  async #dropNetwork(key: AttemptKey, network: Promise<void> | undefined, signal: AbortSignal): Promise<void> {
-    try {
-      await network;
-      await this.#options.engine.removeNetwork(key.instanceId, signal);
-    } catch (error) {
-      this.#options.log.debug({ instanceId: key.instanceId, error: messageOf(error) }, "a network was left");
     }
   }
 
@@ -150,7 +137,6 @@ export class Executor {
     key: AttemptKey,
     spec: ContainerSpec,
     generation: bigint,
-    network: Promise<void>,
     signal: AbortSignal,
   ): Promise<{ readonly image: StatusPart; readonly container: CreatedContainer }> {
     const { engine, book } = this.#options;
@@ -159,7 +145,7 @@ export class Executor {
     const image = await engine.ensureImage(spec.image, spec.pullPolicy, this.#progressOf(key), signal);
     const part: StatusPart = { imageId: image.imageId, imageDigest: image.digest ?? "" };
     book.change(key, { spec }, AttemptPhase.CREATING, part);
-    return { image: part, container: await engine.create(key, generation, spec, image, signal, network) };
+    return { image: part, container: await engine.create(key, generation, spec, image, signal) };
   }
 
   async #run(key: AttemptKey, image: StatusPart, container: CreatedContainer, signal: AbortSignal): Promise<void> {
@@ -251,17 +237,15 @@ export class Executor {
     book.change(key, { phase: "ended" }, AttemptPhase.ENDED, end, usage);
   }
 
-  async #endWithoutContainer(key: AttemptKey, cause: EndCause, signal: AbortSignal): Promise<void> {
+  #endWithoutContainer(key: AttemptKey, cause: EndCause): void {
     switch (cause) {
       case "never_started":
         return this.#end(key, { reason: InstanceReason.STOPPED_BY_REQUEST, message: "" });
       case "vanished":
-        this.#end(key, {
+        return this.#end(key, {
           reason: InstanceReason.NODE_ERROR,
           message: "the container is gone: somebody or something on the node removed it",
         });
-        // Whoever removed the container left its network.
-        return await this.#options.engine.removeNetwork(key.instanceId, signal);
       case "gpu_in_use":
         return this.#end(key, {
           reason: InstanceReason.POLICY_VIOLATION,
@@ -301,7 +285,6 @@ export class Executor {
     const { engine, book, collectors } = this.#options;
     await collectors.remove(key.instanceId);
     signal.throwIfAborted();
-    await engine.removeNetwork(key.instanceId, signal);
     await engine.removeWorkspace(key.instanceId);
     book.removeInstance(key);
   }

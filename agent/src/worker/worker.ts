@@ -35,6 +35,8 @@ const lookEveryMs = 5000;
 const lookWhenAwayMs = 1000;
 /** Networks and folders that nobody needs are looked for this often. */
 const sweepEveryMs = 15_000;
+/** Networks that starts took are replaced as soon. */
+const prepareEveryMs = 250;
 /** So long an ending worker waits for the engine to let go of what was asked of it. */
 const shutdownMs = 10_000;
 /** An event storm (a container that writes its health each millisecond) must not make a storm of looks. */
@@ -226,7 +228,7 @@ export class Worker {
 
   /** Works until the signal. Containers go on afterwards: the next process adopts them. */
   async run(signal: AbortSignal): Promise<void> {
-    const watching = this.#watchEngine(signal);
+    const watching = Promise.all([this.#watchEngine(signal), this.#keepNetworks(signal)]);
     while (!signal.aborted) {
       const wake = Promise.withResolvers<void>();
       this.#wake = wake;
@@ -415,12 +417,7 @@ export class Worker {
       if (removed > 0) log.warn({ removed }, "removed containers that named no attempt");
       const cleared = await engine.clearStrays(signal);
       if (cleared > 0) log.warn({ cleared }, "ended what was left of containers that the engine does not know");
-      for (const instanceId of await engine.leftovers(signal)) {
-        const needed =
-          this.#lanes.busy().has(instanceId) || this.#observed.some((container) => container.instanceId === instanceId);
-        if (!needed && this.#desired.get(instanceId)?.state !== DesiredState.RUNNING)
-          await engine.removeNetwork(instanceId, signal);
-      }
+      await engine.sweepNetworks(signal);
     } catch (error) {
       if (!signal.aborted) log.warn({ error: messageOf(error) }, "looking for what was left behind failed");
     }
@@ -436,6 +433,24 @@ export class Worker {
       // What happened while nobody listened is seen at the next look.
       this.wake();
       await sleep(lookWhenAwayMs, signal);
+    }
+  }
+
+  /** Keeps networks ready for the next starts, and takes them away in the end: another process could not tell them. */
+  async #keepNetworks(signal: AbortSignal): Promise<void> {
+    const { engine, log } = this.#options;
+    while (!signal.aborted) {
+      try {
+        if (this.acceptance().accepting) await engine.prepareNetworks(signal);
+      } catch (error) {
+        if (!signal.aborted) log.debug({ error: messageOf(error) }, "no network could be made ready");
+      }
+      await sleep(prepareEveryMs, signal);
+    }
+    try {
+      await engine.dropNetworks(AbortSignal.timeout(shutdownMs));
+    } catch (error) {
+      log.debug({ error: messageOf(error) }, "networks were left to the next start");
     }
   }
 
