@@ -176,6 +176,13 @@ const settings = {
     "time between looks at the database, behind hints",
     parseInteger(20, maxDelayMs),
   ),
+  hints: setting(
+    "CLODEI_HINTS",
+    "--hints",
+    "on",
+    "on, or off: whether replicas tell each other of changes at once, or find them at their next look",
+    parseSwitch,
+  ),
   drainMs: setting(
     "CLODEI_DRAIN_MS",
     "--drain-ms",
@@ -403,6 +410,11 @@ function parseCountries(text: string): readonly string[] {
   if (wrong !== undefined) throw new Error(`${JSON.stringify(wrong)} is not an ISO 3166-1 code of two capital letters`);
   if (countries.length === 0) throw new Error("names at least one country");
   return countries;
+}
+
+function parseSwitch(text: string): boolean {
+  if (text !== "on" && text !== "off") throw new Error(`must be on or off, not ${JSON.stringify(text)}`);
+  return text === "on";
 }
 
 function parseLogLevel(text: string): LogLevel {

@@ -133,7 +133,7 @@ async function startBase(config: Config, log: Log, stack: AsyncDisposableStack):
   const opened = stack.use(await openDatabase(databaseSourceOf(config), { log }));
   const { app, system } = opened;
   const database = stack.use(new Database({ app, system, maxConnectionsPerPool: config.databaseConnections, log }));
-  const wakeups = stack.use(new Wakeups({ connection: system, log }));
+  const wakeups = stack.use(new Wakeups({ connection: config.hints ? system : undefined, log }));
   await wakeups.start();
   const files =
     config.caCertificateFile === ""

@@ -1,10 +1,11 @@
-// A whole Clodei for a test: a Docker engine of its own, the control plane with its embedded database, enrolled
-// agents, all as real processes with all data in one temporary folder, and the clients of a customer and an operator.
+// A whole Clodei for a test: a Docker engine of its own, one control plane with its embedded database or several on one
+// of the test's, enrolled agents, all as real processes with all data in one temporary folder, and the clients of a customer and an operator.
 import { mkdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type ClientOptions, type ClodeiClient, createClient, type EnrollmentTokenSpec } from "@clodei/sdk";
 import { importBusybox } from "../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
+import { TestDatabaseServer } from "./database.ts";
 import { startTestEngine } from "./engine.ts";
 import { Program, runProgram } from "./process.ts";
 
@@ -29,6 +30,8 @@ export interface AgentOptions {
   readonly location?: EnrollmentTokenSpec["location"];
   /** "8xH100-SXM"; a node without GPUs where absent. */
   readonly simulateGpus?: string;
+  /** Which control plane it enrolls at and connects to, of several. Default: the first. */
+  readonly replica?: number;
   /** Where it finds the node listener, if not where its enrollment says: a proxy of the test. */
   readonly nodeEndpoint?: string;
   readonly env?: Readonly<Record<string, string>>;
@@ -37,6 +40,8 @@ export interface AgentOptions {
 export interface SystemOptions {
   readonly agents?: readonly AgentOptions[];
   readonly controlPlaneEnv?: Readonly<Record<string, string>>;
+  /** How many control planes serve one database of the test's. Default: one, with its embedded database. */
+  readonly replicas?: number;
 }
 
 /** Where a control plane listens. */
@@ -172,17 +177,25 @@ export class TestAgent implements AsyncDisposable {
 export class TestSystem implements AsyncDisposable {
   readonly folder: string;
   readonly engine: PrivateEngine;
-  readonly controlPlane: TestControlPlane;
+  /** One, or the replicas. */
+  readonly controlPlanes: readonly TestControlPlane[];
+  readonly #database: TestDatabaseServer | undefined;
   readonly agents = new Map<string, TestAgent>();
   readonly #closing = new AsyncDisposableStack();
   #ca = "";
   #client: ClodeiClient | undefined;
   #operator: ClodeiClient | undefined;
 
-  private constructor(folder: string, engine: PrivateEngine, controlPlane: TestControlPlane) {
+  private constructor(
+    folder: string,
+    engine: PrivateEngine,
+    controlPlanes: readonly TestControlPlane[],
+    database: TestDatabaseServer | undefined,
+  ) {
     this.folder = folder;
     this.engine = engine;
-    this.controlPlane = controlPlane;
+    this.controlPlanes = controlPlanes;
+    this.#database = database;
   }
 
   /** Starts an engine with the test image, a control plane, and agents that are connected. */
@@ -194,10 +207,18 @@ export class TestSystem implements AsyncDisposable {
       const folder = join(engine.folder, "system");
       await mkdir(folder, { mode: 0o755 });
       await importBusybox(engine.socketPath, testImage);
-      const controlPlane = new TestControlPlane(join(folder, "control-plane"), options.controlPlaneEnv ?? {});
-      closing.use(controlPlane);
-      await controlPlane.start();
-      const system = new TestSystem(folder, engine, controlPlane);
+      const { replicas, controlPlaneEnv = {} } = options;
+      const database = replicas === undefined ? undefined : closing.use(await TestDatabaseServer.start(folder));
+      const controlPlanes: TestControlPlane[] = [];
+      const ca = join(folder, "control-plane-1", "ca");
+      for (let number = 1; number <= (replicas ?? 1); number++) {
+        const env = { ...controlPlaneEnv, ...database?.env, ...(number === 1 ? {} : authorityEnv(ca)) };
+        const controlPlane = closing.use(new TestControlPlane(join(folder, `control-plane-${number}`), env));
+        controlPlanes.push(controlPlane);
+        await controlPlane.start();
+      }
+      const system = new TestSystem(folder, engine, controlPlanes, database);
+      const { controlPlane } = system;
       system.#ca = controlPlane.listening.caPem;
       system.#client = system.connect(await system.createOrganization("acme"));
       system.#operator = system.connect(keyIn(await controlPlane.command("create-operator", "--name", "olga")));
@@ -208,6 +229,23 @@ export class TestSystem implements AsyncDisposable {
       await closing.disposeAsync();
       throw error;
     }
+  }
+
+  /** The control plane, or the first of several. */
+  get controlPlane(): TestControlPlane {
+    return this.replica(0);
+  }
+
+  replica(index: number): TestControlPlane {
+    const controlPlane = this.controlPlanes[index];
+    if (controlPlane === undefined) throw new Error(`there is no replica ${index}`);
+    return controlPlane;
+  }
+
+  /** The database that the replicas share. */
+  get database(): TestDatabaseServer {
+    if (this.#database === undefined) throw new Error("the control plane has a database of its own");
+    return this.#database;
   }
 
   /** The client of the first organization. */
@@ -232,8 +270,8 @@ export class TestSystem implements AsyncDisposable {
     return keyIn(await this.controlPlane.command("create-organization", "--name", name));
   }
 
-  /** A client with a key of the caller's choice. */
-  connect(apiKey: string, options: Pick<ClientOptions, "retry"> = {}): ClodeiClient {
+  /** A client with a key of the caller's choice, of the first control plane where no other is named. */
+  connect(apiKey: string, options: Partial<Pick<ClientOptions, "retry" | "endpoint">> = {}): ClodeiClient {
     return createClient({ endpoint: this.controlPlane.listening.publicUrl, apiKey, ca: this.#ca, ...options });
   }
 
@@ -251,7 +289,7 @@ export class TestSystem implements AsyncDisposable {
     const agent = new TestAgent(join(this.folder, options.name), options, this.engine.socketPath);
     const spec = { location: options.location ?? madrid, nodeName: options.name };
     const { token } = await this.operator.nodes.createEnrollmentToken(spec);
-    await agent.enroll(this.controlPlane.listening.publicUrl, token);
+    await agent.enroll(this.replica(options.replica ?? 0).listening.publicUrl, token);
     this.#closing.use(agent);
     this.agents.set(options.name, agent);
     await agent.start();
@@ -269,6 +307,12 @@ export class TestSystem implements AsyncDisposable {
     this.#operator?.close();
     await this.#closing.disposeAsync();
   }
+}
+
+/** Replicas of one database speak for one certificate authority; its file holds certificate and key. */
+function authorityEnv(folder: string): Record<string, string> {
+  const file = join(folder, "authority.pem");
+  return { CLODEI_CA_CERTIFICATE_FILE: file, CLODEI_CA_KEY_FILE: file };
 }
 
 /** The API key in what a command printed. */

@@ -1,8 +1,12 @@
-// A network between two programs of a test, on loopback, that can be cut and that can go silent.
+// A network between two programs of a test, on loopback, that can be cut and that can go silent. With several targets
+// it is a load balancer of the simplest kind.
+import assert from "node:assert/strict";
 import { once } from "node:events";
 import { createServer, type Server, Socket } from "node:net";
 
-/** Forwards connections to one place. */
+type Target = { readonly host: string; readonly port: number };
+
+/** Forwards connections to one place, or in turn to several. */
 export class TcpProxy implements AsyncDisposable {
   readonly #server: Server;
   readonly #sockets = new Set<Socket>();
@@ -10,9 +14,9 @@ export class TcpProxy implements AsyncDisposable {
   /** Connections that were made through it. */
   connections = 0;
 
-  private constructor(target: { readonly host: string; readonly port: number }) {
+  private constructor(targets: readonly Target[]) {
     this.#server = createServer((client) => {
-      this.connections++;
+      const target = targets[this.connections++ % targets.length] ?? assert.fail("a proxy has a target");
       const server = new Socket();
       for (const [from, to] of [
         [client, server],
@@ -32,10 +36,14 @@ export class TcpProxy implements AsyncDisposable {
     });
   }
 
-  /** @param target "host:port" on loopback. */
-  static async start(target: string): Promise<TcpProxy> {
-    const colon = target.lastIndexOf(":");
-    const proxy = new TcpProxy({ host: target.slice(0, colon), port: Number(target.slice(colon + 1)) });
+  /** @param targets Each "host:port" on loopback. */
+  static async start(...targets: readonly string[]): Promise<TcpProxy> {
+    const proxy = new TcpProxy(
+      targets.map((target) => {
+        const colon = target.lastIndexOf(":");
+        return { host: target.slice(0, colon), port: Number(target.slice(colon + 1)) };
+      }),
+    );
     proxy.#server.listen(0, "127.0.0.1");
     await once(proxy.#server, "listening");
     return proxy;

@@ -52,7 +52,8 @@ export async function startTestDatabase(options: { readonly migrated?: boolean }
   }
 }
 
-function urlOf(connection: pg.ClientConfig): string {
+/** A login as a URL. */
+export function urlOf(connection: pg.ClientConfig): string {
   const { user = "", password, host = "", database = "" } = connection;
   const secret = typeof password === "string" ? password : "";
   return `postgres://${user}:${secret}@/${database}?host=${encodeURIComponent(host)}`;

@@ -1,0 +1,169 @@
+// Two control planes on one database, which tell each other nothing: what one of them was asked for, an agent of the
+// other runs, because every reconciler looks for itself. Then one of them drains under many streams.
+import assert from "node:assert/strict";
+import { after, before, describe, test } from "node:test";
+import { type ClodeiClient, type Instance, InstanceState, type RunSpec } from "@clodei/sdk";
+import { newId } from "@clodei/proto/ids";
+import { listContainers } from "../harness/containers.ts";
+import { engineUnavailable } from "../harness/engine.ts";
+import { eventually } from "../harness/eventually.ts";
+import { testImage, TestSystem } from "../harness/system.ts";
+import { TcpProxy } from "../harness/tcp-proxy.ts";
+
+const patienceMs = 60_000;
+const watches = 200;
+/** A connection carries at most 100 streams. */
+const watchers = 4;
+
+const sleeper: RunSpec = {
+  image: testImage,
+  command: ["sleep", "1000"],
+  cpuMillis: 50,
+  memoryMib: 16,
+  stopGraceSeconds: 0,
+};
+/** Waits for as long as it is there: no node has such a GPU. */
+const waiting: RunSpec = { ...sleeper, gpu: { model: "B200", count: 16 }, placementTimeoutSeconds: 3600 };
+
+describe("two control planes on one database, without hints", { skip: engineUnavailable, timeout: 600_000 }, () => {
+  let system: TestSystem;
+  /** Of one organization: at the replica that holds the agent's session, and at the other. */
+  let near: ClodeiClient;
+  let far: ClodeiClient;
+  before(async () => {
+    system = await TestSystem.start({
+      replicas: 2,
+      controlPlaneEnv: { CLODEI_HINTS: "off" },
+      agents: [{ name: "mad-1", replica: 1, simulateGpus: "4xH100-SXM" }],
+    });
+    const key = await system.createOrganization("umbrella");
+    far = system.connect(key);
+    near = system.connect(key, { endpoint: system.replica(1).listening.publicUrl });
+  });
+  after(async () => {
+    near?.close();
+    far?.close();
+    await system?.[Symbol.asyncDispose]();
+  });
+
+  test("an instance lives its life on an agent of the other replica, and a watch of each sees all of it", async () => {
+    const stop = new AbortController();
+    const seen = [near, far].map((client) => follow(client, stop.signal));
+    const instance = await far.instances.run(sleeper);
+    await instance.waitUntilRunning({ timeoutMs: patienceMs });
+    assert.equal((await near.instances.get(instance.id)).instance.state, InstanceState.RUNNING);
+    await instance.stop();
+    await instance.waitUntilStopped({ timeoutMs: patienceMs });
+    await instance.start();
+    await instance.waitUntilRunning({ timeoutMs: patienceMs });
+    assert.equal((await listContainers(system.engine, instance.id)).length, 1);
+    await instance.delete();
+    await instance.waitUntilDeleted({ timeoutMs: patienceMs });
+    const expected = [InstanceState.RUNNING, InstanceState.STOPPED, InstanceState.RUNNING, InstanceState.DELETED];
+    const ends = new Set<InstanceState>(expected);
+    for (const states of seen) {
+      const ofIt = (): readonly InstanceState[] => states.changes.get(instance.id) ?? [];
+      await eventually(patienceMs, () => assert.equal(ofIt().at(-1), InstanceState.DELETED));
+      assert.deepEqual(
+        ofIt().filter((state, index, all) => ends.has(state) && state !== all[index - 1]),
+        expected,
+      );
+    }
+    stop.abort();
+    await Promise.all(seen.map(({ ended }) => ended));
+  });
+
+  test("both replicas place at once, and no GPU is given twice", async () => {
+    const spec: RunSpec = { ...sleeper, gpu: { model: "H100-SXM", count: 1 } };
+    const instances = await Promise.all(
+      Array.from({ length: 8 }, (_, index) => (index % 2 === 0 ? near : far).instances.run(spec)),
+    );
+    const running = async () => {
+      const all = await Promise.all(instances.map((instance) => instance.refresh()));
+      return all.filter(({ state }) => state === InstanceState.RUNNING);
+    };
+    await eventually(patienceMs, async () => assert.equal((await running()).length, 4));
+    const gpus = (await running()).flatMap((instance) => instance.gpus.map(({ uuid }) => uuid));
+    assert.equal(new Set(gpus).size, 4);
+    assert.equal((await listContainers(system.engine)).length, 4);
+    await Promise.all(instances.map((instance) => instance.delete()));
+    await Promise.all(instances.map((instance) => instance.waitUntilDeleted({ timeoutMs: patienceMs })));
+  });
+
+  test("a request that comes to both replicas with one idempotency key has one effect", async () => {
+    const idempotencyKey = newId("ins");
+    const [one, other] = await Promise.all(
+      [near, far].map((client) => client.instances.run(waiting, { idempotencyKey })),
+    );
+    assert.equal(one?.id, other?.id);
+    await one?.delete();
+  });
+
+  test(`${watches} watches stand on a replica that drains: each goes on at the other, and misses nothing`, async () => {
+    await using balancer = await TcpProxy.start(
+      ...system.controlPlanes.map(({ listening }) => new URL(listening.publicUrl).host),
+    );
+    using clients = new DisposableStack();
+    const key = await system.createOrganization("watchers");
+    const connect = () =>
+      clients.adopt(
+        system.connect(key, {
+          endpoint: `https://${balancer.endpoint}`,
+          retry: { maxAttempts: 100, maxDelayMs: 1000 },
+        }),
+        (client) => client.close(),
+      );
+    const client = connect();
+    const stop = new AbortController();
+    const earlier = await client.instances.run(waiting);
+    const followed = Array.from({ length: watchers }, connect).flatMap((watcher) =>
+      Array.from({ length: watches / watchers }, () => follow(watcher, stop.signal)),
+    );
+    await eventually(patienceMs, () => assert.ok(followed.every(({ live }) => live.value)));
+    const stopping = system.replica(0).program.stop();
+    const meanwhile = await client.instances.run(waiting);
+    await stopping;
+    const later = await client.instances.run(waiting);
+    await Promise.all([earlier, meanwhile, later].map((instance) => instance.delete()));
+    for (const { changes, resets } of followed) {
+      await eventually(patienceMs, () => {
+        for (const { id } of [earlier, meanwhile, later]) {
+          assert.equal(changes.get(id)?.at(-1), InstanceState.DELETED, id);
+        }
+      });
+      assert.equal(resets.length, 0, "it went on from its cursor");
+      // Each change once: an instance that nobody touched has its creation and its removal to tell of.
+      for (const { id } of [meanwhile, later]) {
+        const states = changes.get(id) ?? [];
+        assert.equal(states.filter((state) => state === InstanceState.DELETED).length, 1);
+        assert.equal(states[0], InstanceState.PENDING);
+      }
+    }
+    stop.abort();
+    await Promise.all(followed.map(({ ended }) => ended));
+    await system.replica(0).start();
+  });
+});
+
+/** What a watch says, as it comes: the states of each instance after the snapshot, and whether it began anew. */
+function follow(client: ClodeiClient, signal: AbortSignal) {
+  const changes = new Map<string, InstanceState[]>();
+  const resets: true[] = [];
+  const live = { value: false };
+  const note = ({ id, state }: Instance): void => {
+    changes.set(id, [...(changes.get(id) ?? []), state]);
+  };
+  const read = async (): Promise<void> => {
+    for await (const event of client.instances.watch({ signal })) {
+      if (event.type === "reset") resets.push(true);
+      if (event.type === "bookmark") live.value = true;
+      if (event.type === "change") note(event.value);
+    }
+  };
+  const ended = read().catch((error: unknown) => {
+    if (!signal.aborted) throw error;
+  });
+  // Awaited in the end; a failure before is told then.
+  ended.catch(() => undefined);
+  return { changes, resets, live, ended };
+}
