@@ -1,29 +1,49 @@
-// The control plane, the agent and the Docker engine are killed again and again, at seeded random moments, while
-// customers start, run and stop instances. Afterwards what is wanted and what there is agree, nothing was lost or
-// doubled, and nothing ran twice.
+// Two control planes on one database, two agents, the Docker engine, the database's connections and those of agents and
+// customers are killed again and again, at seeded random moments, while customers start, run and stop instances. After
+// each kill nothing is doubled; afterwards what is wanted and what there is agree, nothing was lost, nothing ran twice.
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { type ClodeiClient, InstanceEndedError, type InstanceHandle, InstanceReason, InstanceState } from "@clodei/sdk";
+import {
+  ClodeiError,
+  type ClodeiClient,
+  InstanceEndedError,
+  type InstanceHandle,
+  InstanceReason,
+  InstanceState,
+} from "@clodei/sdk";
 import { containerLabels } from "@clodei/proto/node-link";
 import { listContainers, shimsOf } from "../harness/containers.ts";
 import { engineUnavailable } from "../harness/engine.ts";
 import { eventually } from "../harness/eventually.ts";
-import { randomFrom, testSeed } from "../harness/random.ts";
-import { testImage, TestSystem } from "../harness/system.ts";
+import { amount, randomFrom, testSeed } from "../harness/random.ts";
+import { patience, testImage, TestSystem } from "../harness/system.ts";
+import { TcpProxy } from "../harness/tcp-proxy.ts";
 import { lostEnd, lostStart } from "./lost.ts";
 
-const killsOfEach = 10;
+/** Kills of each kind: 12 make the 60 of a long run. */
+const killsOfEach = amount("CLODEI_TEST_KILLS", 4);
 const customers = 6;
-/** Each customer has so many instances at least, however slow the machine is. */
-const leastLives = 3;
+/** Each customer has so many instances at least, however slow the machine is: 34 make the 200 of a long run. */
+const leastLives = amount("CLODEI_TEST_LIVES", 3);
+const agents = ["mad-1", "mad-2"] as const;
+const linesOfJob = 100;
 /** Longest life of one instance under fire; a restart of everything takes seconds. */
 const lifeTimeoutMs = 120_000;
 const settleMs = 60_000;
 /** What the agent's last process logged is shown with a failure, so far back. */
 const agentLinesShown = 40;
+
+/** An instance in one of these has its GPUs. */
+const liveStates: ReadonlySet<InstanceState> = new Set([
+  InstanceState.SCHEDULED,
+  InstanceState.PULLING,
+  InstanceState.CREATING,
+  InstanceState.RUNNING,
+  InstanceState.STOPPING,
+]);
 
 /** What a customer did with an instance, and what must therefore be true of it in the end. */
 interface Life {
@@ -31,33 +51,56 @@ interface Life {
   readonly kind: "job" | "stopped" | "restarted" | "left running";
   /** A start or an end of it was lost with the engine, and the customer left it there. */
   readonly lost: boolean;
+  /** Whether the engine was killed meanwhile: output that it had read and not written went with it. */
+  readonly sawEngineKill: boolean;
 }
 
-describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 }, () => {
+describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_000 }, () => {
   const seed = testSeed();
   const random = randomFrom(seed);
   const engineKillsMs: number[] = [];
   let system: TestSystem;
   let client: ClodeiClient;
+  /** One of each replica. */
+  let readers: readonly ClodeiClient[] = [];
+  /** Between agents or customers and the control planes. */
+  let proxies: readonly TcpProxy[] = [];
   before(async () => {
     console.log(`CLODEI_TEST_SEED=${seed}`);
-    system = await TestSystem.start({ agents: [{ name: "mad-1", simulateGpus: "4xH100-SXM" }] });
-    client = await system.patientClient();
+    system = await TestSystem.start({ replicas: 2 });
+    const listening = system.controlPlanes.map((controlPlane) => controlPlane.listening);
+    const toNodes = await TcpProxy.start(...listening.map(({ nodeEndpoint }) => nodeEndpoint));
+    const toPublic = await TcpProxy.start(...listening.map(({ publicUrl }) => new URL(publicUrl).host));
+    proxies = [toNodes, toPublic];
+    for (const name of agents) {
+      await system.addAgent({ name, simulateGpus: "4xH100-SXM", nodeEndpoint: toNodes.endpoint });
+    }
+    const key = await system.createOrganization("patient");
+    client = system.connect(key, { endpoint: `https://${toPublic.endpoint}`, retry: patience });
+    readers = listening.map(({ publicUrl: endpoint }) => system.connect(key, { endpoint, timeoutMs: 2000 }));
   });
   after(async () => {
+    for (const each of [client, ...readers]) each?.close();
     await system?.[Symbol.asyncDispose]();
+    for (const proxy of proxies) await proxy[Symbol.asyncDispose]();
   });
 
   const victims = {
     "control plane": async () => {
-      await system.controlPlane.kill();
+      const controlPlane = pick(system.controlPlanes);
+      await controlPlane.kill();
       await sleep(random() * 300);
-      await system.controlPlane.start();
+      await controlPlane.start();
     },
     agent: async () => {
-      await system.agent("mad-1").kill();
+      const agent = system.agent(pick(agents));
+      await agent.kill();
       await sleep(random() * 300);
-      system.agent("mad-1").launch();
+      agent.launch();
+    },
+    "database backends": () => system.database.cutConnections(),
+    connections: async () => {
+      pick(proxies).cut();
     },
     engine: async () => {
       engineKillsMs.push(performance.now());
@@ -67,28 +110,40 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
     },
   };
 
+  function pick<T>(all: readonly T[]): T {
+    return all[Math.floor(random() * all.length)] ?? assert.fail("there is one to pick");
+  }
+
   /** One instance's life, as a customer makes it. */
-  async function live(kind: Life["kind"]): Promise<Life> {
+  async function live(kind: Life["kind"], gpus: number): Promise<Life> {
     const wait = { timeoutMs: lifeTimeoutMs };
     const script =
       kind === "job"
-        ? "echo run >> /workspace/runs; sleep 0.2; exit 0"
+        ? `echo run >> /workspace/runs; i=0; while [ $i -lt ${linesOfJob} ]; do i=$((i+1)); echo line $i; done; sleep 0.2`
         : "echo run >> /workspace/runs; trap 'exit 0' TERM; while :; do sleep 0.1; done";
     const instance = await client.instances.run(
-      { image: testImage, command: ["sh", "-c", script], cpuMillis: 50, memoryMib: 16, stopGraceSeconds: 2 },
+      {
+        image: testImage,
+        command: ["sh", "-c", script],
+        cpuMillis: 50,
+        memoryMib: 16,
+        stopGraceSeconds: 2,
+        ...(gpus === 0 ? {} : { gpu: { model: "H100-SXM", count: gpus } }),
+      },
       wait,
     );
     const beginMs = performance.now();
+    const sawEngineKill = (): boolean => engineKillsMs.some((killMs) => killMs >= beginMs);
     // Nothing but an engine's kill excuses it.
-    const isLost = (message: string): boolean =>
-      engineKillsMs.some((killMs) => killMs >= beginMs) && (lostStart.test(message) || lostEnd.test(message));
+    const isLost = (message: string): boolean => sawEngineKill() && (lostStart.test(message) || lostEnd.test(message));
     try {
       await use(instance, kind);
     } catch (error) {
       if (!(error instanceof InstanceEndedError) || !isLost(error.instance.message)) throw error;
-      return { instance, kind, lost: true };
+      return { instance, kind, lost: true, sawEngineKill: true };
     }
-    return { instance, kind, lost: kind === "job" && isLost((await instance.refresh()).message) };
+    const lost = kind === "job" && isLost((await instance.refresh()).message);
+    return { instance, kind, lost, sawEngineKill: sawEngineKill() };
   }
 
   async function use(instance: InstanceHandle, kind: Life["kind"]): Promise<void> {
@@ -108,9 +163,60 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
 
   /** How often the instance's script began, as it wrote itself into its workspace. */
   async function runs(instance: InstanceHandle): Promise<number> {
-    const file = join(system.agent("mad-1").folder, "workspaces", instance.id, "runs");
-    const text = await readFile(file, "utf8").catch(() => "");
-    return text.split("\n").length - 1;
+    const counts = agents.map(async (name) => {
+      const file = join(system.agent(name).folder, "workspaces", instance.id, "runs");
+      const text = await readFile(file, "utf8").catch(() => "");
+      return text.split("\n").length - 1;
+    });
+    return (await Promise.all(counts)).reduce((sum, count) => sum + count);
+  }
+
+  /** What holds at every moment, whatever was just killed. */
+  async function assertNothingDoubled(lives: readonly InstanceHandle[]): Promise<void> {
+    const containers = await eventually(settleMs, () => listContainers(system.engine));
+    const running = containers.filter((container) => container.State === "running");
+    const instances = running.map(({ Labels }) => Labels[containerLabels.instanceId] ?? "");
+    assert.equal(new Set(instances).size, instances.length, `seed ${seed}: an instance runs twice`);
+    const gpus: string[] = [];
+    for await (const { instance } of client.instances.list()) {
+      if (liveStates.has(instance.state)) gpus.push(...instance.gpus.map(({ uuid }) => uuid));
+    }
+    assert.equal(new Set(gpus).size, gpus.length, `seed ${seed}: a GPU was given twice`);
+    for (const handle of lives) {
+      const count = await runs(handle);
+      if (count <= 1) continue;
+      const { attempt } = await handle.refresh();
+      assert.ok(count <= attempt, `seed ${seed}: ${handle.id} ran ${count} times in ${attempt} attempts`);
+    }
+  }
+
+  /** Each line once and in order; all of them where the engine was not killed, which loses what it has not written. */
+  async function assertOutput({ instance, sawEngineKill }: Life): Promise<void> {
+    const text = await outputOf(instance.id);
+    const numbers = text.split("\n").flatMap((line) => (line === "" ? [] : [Number(/^line (\d+)$/.exec(line)?.[1])]));
+    const what = `seed ${seed}: the output of ${instance.id} is ${JSON.stringify(text)}`;
+    assert.ok(
+      numbers.every((number, index) => number > (numbers[index - 1] ?? 0)),
+      what,
+    );
+    if (!sawEngineKill) assert.equal(numbers.length, linesOfJob, what);
+  }
+
+  /** Asked of whichever replica holds the node's session, the one that had the last answer first. */
+  async function outputOf(instanceId: string): Promise<string> {
+    return eventually(settleMs, async () => {
+      for (const reader of [...readers]) {
+        const handle = await reader.instances.get(instanceId);
+        try {
+          const text = await handle.logs({ follow: false }).text();
+          readers = [reader, ...readers.filter((other) => other !== reader)];
+          return text;
+        } catch (error) {
+          if (!(error instanceof ClodeiError) || error.reason !== "NODE_UNREACHABLE") throw error;
+        }
+      }
+      throw new Error(`no replica reaches the node of ${instanceId}`);
+    });
   }
 
   test(`each of them is killed ${killsOfEach} times, and the system comes to rest as it should be`, async () => {
@@ -120,7 +226,8 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
     const customer = async (number: number): Promise<void> => {
       for (let index = number; killing || index - number < leastLives; index++) {
         const kind = kinds[index % kinds.length] ?? "job";
-        const life = await live(kind);
+        // What stays takes none of the eight.
+        const life = await live(kind, kind === "job" && number % 2 === 0 ? 1 : 0);
         lives.push(life);
         // So that containers do not pile up; one in four stays to be compared in the end.
         if (kind === "left running" && !life.lost && lives.length % 4 !== 0)
@@ -134,6 +241,7 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
           const [kill] = queue.splice(Math.floor(random() * queue.length), 1);
           await sleep(200 + random() * 1500);
           await kill?.();
+          await assertNothingDoubled(lives.map(({ instance }) => instance));
         }
       } finally {
         killing = false;
@@ -142,18 +250,25 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
     const outcomes = await Promise.allSettled([killer(), ...Array.from({ length: customers }, (_, n) => customer(n))]);
     for (const outcome of outcomes) {
       if (outcome.status !== "rejected") continue;
-      const said = system.agent("mad-1").program.output.split("\n").slice(-agentLinesShown).join("\n");
-      throw new Error(`seed ${seed}: a life broke. The agent said last:\n${said}`, { cause: outcome.reason });
+      const said = agents.map((name) =>
+        system.agent(name).program.output.split("\n").slice(-agentLinesShown).join("\n"),
+      );
+      throw new Error(`seed ${seed}: a life broke. The agents said last:\n${said.join("\n--\n")}`, {
+        cause: outcome.reason,
+      });
     }
 
-    await eventually(settleMs, async () => {
-      const node = await system.operator.nodes.get(system.agent("mad-1").nodeId);
-      assert.ok(node.connected && node.acceptingWork, "the node is back");
-    });
+    for (const name of agents) {
+      await eventually(settleMs, async () => {
+        const node = await system.operator.nodes.get(system.agent(name).nodeId);
+        assert.ok(node.connected && node.acceptingWork, `${name} is back`);
+      });
+    }
     await eventually(settleMs, () => assertAgreement(lives));
     let completed = 0;
     let lostOnes = 0;
-    for (const { instance, kind, lost } of lives) {
+    for (const life of lives) {
+      const { instance, kind, lost } = life;
       const { state, reason, message, attempt } = await instance.refresh();
       const count = await runs(instance);
       const what = `seed ${seed}: ${kind} ${instance.id} (${InstanceReason.COMPLETED === reason ? "completed" : message})`;
@@ -169,6 +284,7 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
         assert.equal(state, InstanceState.STOPPED, what);
         assert.equal(reason, InstanceReason.COMPLETED, what);
         assert.equal(count, 1, `${what} ran ${count} times`);
+        await assertOutput(life);
         completed++;
       }
       if (kind === "stopped") assert.equal(count, 1, `${what} ran ${count} times`);
@@ -178,7 +294,7 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 600_000 
     // An engine's kill costs the starts and ends of that moment, and they are few.
     assert.ok(lostOnes <= killsOfEach, `seed ${seed}: ${lostOnes} starts or ends were lost`);
     console.log(
-      `${lives.length} lives, ${completed} of them completed jobs, ${lostOnes} lost starts or ends, under ${3 * killsOfEach} kills`,
+      `${lives.length} lives, ${completed} of them completed jobs, ${lostOnes} lost starts or ends, under ${Object.keys(victims).length * killsOfEach} kills`,
     );
   });
 

@@ -6,6 +6,13 @@ export function testSeed(): number {
   return given === undefined ? Math.floor(Math.random() * 0x1_0000_0000) : Number(given) >>> 0;
 }
 
+/** How much of something a test makes: more where a variable of the environment says so. */
+export function amount(variable: string, usual: number): number {
+  const given = Number(process.env[variable] ?? usual);
+  if (!Number.isSafeInteger(given) || given < 1) throw new Error(`${variable} must be a number above 0`);
+  return given;
+}
+
 /** Numbers from 0 to below 1 from a 32-bit seed (the mulberry32 generator). */
 export function randomFrom(seed: number): () => number {
   let state = seed >>> 0;

@@ -21,6 +21,9 @@ export const madrid = { country: "ES", region: "madrid", datacenter: "kumo-1", t
 /** A second or two is usual; a machine that does much else takes many times as long. */
 const startTimeoutMs = 120_000;
 
+/** How a client asks again that shall outlast a control plane's absence. */
+export const patience = { maxAttempts: 100, maxDelayMs: 1000 };
+
 /** Leases in tests are short, so that a test of an absence takes seconds. */
 const testTimes = { CLODEI_HEARTBEAT_INTERVAL_MS: "500", CLODEI_LEASE_MS: "3000" };
 
@@ -271,15 +274,16 @@ export class TestSystem implements AsyncDisposable {
   }
 
   /** A client with a key of the caller's choice, of the first control plane where no other is named. */
-  connect(apiKey: string, options: Partial<Pick<ClientOptions, "retry" | "endpoint">> = {}): ClodeiClient {
+  connect(
+    apiKey: string,
+    options: Partial<Pick<ClientOptions, "retry" | "endpoint" | "timeoutMs">> = {},
+  ): ClodeiClient {
     return createClient({ endpoint: this.controlPlane.listening.publicUrl, apiKey, ca: this.#ca, ...options });
   }
 
   /** A client of an organization of its own that goes on asking while the control plane is away for long. */
   async patientClient(): Promise<ClodeiClient> {
-    const client = this.connect(await this.createOrganization("patient"), {
-      retry: { maxAttempts: 100, maxDelayMs: 1000 },
-    });
+    const client = this.connect(await this.createOrganization("patient"), { retry: patience });
     this.#closing.defer(() => client.close());
     return client;
   }

@@ -7,7 +7,7 @@ import { newId } from "@clodei/proto/ids";
 import { listContainers } from "../harness/containers.ts";
 import { engineUnavailable } from "../harness/engine.ts";
 import { eventually } from "../harness/eventually.ts";
-import { testImage, TestSystem } from "../harness/system.ts";
+import { patience, testImage, TestSystem } from "../harness/system.ts";
 import { TcpProxy } from "../harness/tcp-proxy.ts";
 
 const patienceMs = 60_000;
@@ -109,7 +109,7 @@ describe("two control planes on one database, without hints", { skip: engineUnav
       clients.adopt(
         system.connect(key, {
           endpoint: `https://${balancer.endpoint}`,
-          retry: { maxAttempts: 100, maxDelayMs: 1000 },
+          retry: patience,
         }),
         (client) => client.close(),
       );

@@ -211,33 +211,59 @@ describe("the database", () => {
   });
 
   test("a connection that went dead without a word is given up, and health comes back with the next one", async () => {
-    const { host = "", port = 5432 } = db.server.app;
-    const folder = await mkdtemp(join(tmpdir(), "clodei-dead-"));
-    const sockets = new Set<Socket>();
-    const proxy = createServer((near) => {
-      const far = connect(join(host, `.s.PGSQL.${port}`));
-      for (const socket of [near, far]) {
-        sockets.add(socket);
-        socket.on("error", () => undefined);
-      }
-      near.pipe(far).pipe(near);
+    await using proxy = await startSocketProxy(db.server.app, (near, far) => near.pipe(far).pipe(near));
+    const database = new Database({
+      app: proxy.login(db.server.app),
+      system: proxy.login(db.server.system),
+      log: db.log,
     });
-    await once(proxy.listen(join(folder, `.s.PGSQL.${port}`)), "listening");
-    const login = (connection: pg.ClientConfig): pg.ClientConfig => ({ ...connection, host: folder });
-    const database = new Database({ app: login(db.server.app), system: login(db.server.system), log: db.log });
-    try {
-      assert.equal(await database.isHealthy(), true);
-      // As a network that drops packets: nothing arrives, and nobody is told.
-      for (const socket of sockets) socket.unpipe().pause();
-      assert.equal(await database.isHealthy(500), false);
-      await sleep(2_000);
-      assert.equal(await database.isHealthy(), true);
-    } finally {
-      for (const socket of sockets) socket.destroy();
-      await database.close();
-      proxy.close();
-      await rm(folder, { recursive: true });
-    }
+    assert.equal(await database.isHealthy(), true);
+    // As a network that drops packets: nothing arrives, and nobody is told.
+    for (const socket of proxy.sockets) socket.unpipe().pause();
+    assert.equal(await database.isHealthy(500), false);
+    await sleep(2_000);
+    assert.equal(await database.isHealthy(), true);
+    for (const socket of proxy.sockets) socket.destroy();
+    await database.close();
+  });
+
+  test("a connection that ends in the moment in which it is made is an absence, and no more", async () => {
+    // The end comes in one piece with the server's first "ready": nobody had the time to listen for it.
+    const field = (name: string, value: string): Buffer => Buffer.from(`${name}${value}\0`);
+    const fields = Buffer.concat([
+      field("S", "FATAL"),
+      field("C", "57P01"),
+      field("M", "terminating connection"),
+      Buffer.of(0),
+    ]);
+    const head = Buffer.alloc(5, "E");
+    head.writeUInt32BE(fields.length + 4, 1);
+    const end = Buffer.concat([head, fields]);
+    const ready = Buffer.from("Z\0\0\0\x05I", "latin1");
+    let ended = 0;
+    await using proxy = await startSocketProxy(db.server.app, (near, far) => {
+      near.pipe(far);
+      far.on("data", (data: Buffer) => {
+        if (!data.subarray(-ready.length).equals(ready)) return near.write(data);
+        ended += 1;
+        return near.end(Buffer.concat([data, end]));
+      });
+    });
+    const database = new Database({
+      app: proxy.login(db.server.app),
+      system: proxy.login(db.server.system),
+      log: db.log,
+    });
+    await assert.rejects(
+      database.system((tx) => tx.query("select 1")),
+      DatabaseAwayError,
+    );
+    await assert.rejects(
+      database.anonymous((tx) => tx.query("select 1")),
+      DatabaseAwayError,
+    );
+    assert.ok(ended >= 2);
+    await database.close();
   });
 
   test("a connection that the server ended is its absence, whether the end is read or written into", async () => {
@@ -300,3 +326,28 @@ describe("the database", () => {
     assert.equal(await db.database.isHealthy(), true);
   });
 });
+
+/** A network between us and the server's unix socket. */
+async function startSocketProxy(to: pg.ClientConfig, link: (near: Socket, far: Socket) => void) {
+  const { host = "", port = 5432 } = to;
+  const folder = await mkdtemp(join(tmpdir(), "clodei-proxy-"));
+  const sockets = new Set<Socket>();
+  const server = createServer((near) => {
+    const far = connect(join(host, `.s.PGSQL.${port}`));
+    for (const socket of [near, far]) {
+      sockets.add(socket);
+      socket.on("error", () => undefined);
+    }
+    link(near, far);
+  });
+  await once(server.listen(join(folder, `.s.PGSQL.${port}`)), "listening");
+  return {
+    sockets,
+    login: (connection: pg.ClientConfig): pg.ClientConfig => ({ ...connection, host: folder }),
+    async [Symbol.asyncDispose](): Promise<void> {
+      for (const socket of sockets) socket.destroy();
+      server.close();
+      await rm(folder, { recursive: true });
+    },
+  };
+}

@@ -173,7 +173,9 @@ export class Database implements AsyncDisposable {
       idleTimeoutMillis: idleConnectionMs,
       keepAlive: true,
     });
-    // Without a listener, an idle connection that the server ends would end the process.
+    // Without a listener, a connection that the server ends would end the process: an idle one has the pool's, one in use
+    // has ours, and between the two, where the end comes together with the answer to the login, there would be none.
+    pool.on("connect", (client) => client.on("error", () => undefined));
     pool.on("error", (error) => {
       if (this.#closing === undefined) this.#log.warn({ err: error }, "an idle database connection ended");
     });

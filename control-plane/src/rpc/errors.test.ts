@@ -51,6 +51,17 @@ test("a database that is away is unavailable, and worth a retry; something else 
   assert.equal(statusOf(other, "r1").code, Code.Internal);
 });
 
+test("a caller whose connection broke is no error of ours", () => {
+  const gone = [
+    new ConnectError("http/2 stream closed with error code INTERNAL_ERROR (0x2)", Code.Internal),
+    Object.assign(new Error("Premature close"), { code: "ERR_STREAM_PREMATURE_CLOSE" }),
+  ];
+  for (const error of gone) {
+    assert.equal(statusOf(error, "r1").code, Code.Canceled, error.message);
+    assert.ok(!isOurs(error));
+  }
+});
+
 test("a limit that is reached is told as a quota failure", () => {
   const organizationId = newId("org");
   const error = toConnectError(quotaExceeded(organizationId, "watches", 256, "watches are open at a time"), "r1");

@@ -97,7 +97,8 @@ export function statusOf(error: unknown, requestId: string): Status {
 /** Turns any error into Connect's. One that Connect itself made keeps its code. */
 export function toConnectError(error: unknown, requestId: string): ConnectError {
   const status = statusOf(error, requestId);
-  const code = error instanceof ConnectError && status.reason !== "INTERNAL" ? error.code : status.code;
+  const isConnects = error instanceof ConnectError && !isCallerGone(error) && status.reason !== "INTERNAL";
+  const code = isConnects ? error.code : status.code;
   return new ConnectError(status.message, code, undefined, [...status.details], error);
 }
 
@@ -108,7 +109,7 @@ export function isOurs(error: unknown): boolean {
 
 function toDomainError(error: unknown): DomainError {
   if (error instanceof DomainError) return error;
-  if (error instanceof ConnectError && reasonOfCode(error.code) !== ErrorReason.INTERNAL) {
+  if (error instanceof ConnectError && !isCallerGone(error) && reasonOfCode(error.code) !== ErrorReason.INTERNAL) {
     return new DomainError(reasonOfCode(error.code), error.rawMessage, { cause: error });
   }
   if (error instanceof DatabaseAwayError) {
@@ -117,13 +118,22 @@ function toDomainError(error: unknown): DomainError {
       cause: error,
     });
   }
-  if (error instanceof Error && error.name === "AbortError") {
+  if (isCallerGone(error) || (error instanceof Error && error.name === "AbortError")) {
     return new DomainError(ErrorReason.CANCELED, "the request was canceled", { cause: error });
   }
   return new DomainError(ErrorReason.INTERNAL, "an error of ours: give support the request id", { cause: error });
 }
 
 const databaseRetryMs = 1_000;
+
+/** Of Node's streams, whose other end went away. */
+const goneCodes: ReadonlySet<unknown> = new Set(["ERR_STREAM_PREMATURE_CLOSE", "ERR_HTTP2_INVALID_STREAM"]);
+
+/** The caller's connection broke in the middle of an answer. Connect takes the reset that follows for an error of ours. */
+function isCallerGone(error: unknown): boolean {
+  if (error instanceof ConnectError) return error.rawMessage.startsWith("http/2 stream closed with error code");
+  return error instanceof Error && goneCodes.has(Reflect.get(error, "code"));
+}
 
 /** Reasons for errors that the transport makes: an unreadable body, a message that is too long, a deadline. */
 function reasonOfCode(code: Code): ErrorReason {
