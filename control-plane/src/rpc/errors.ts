@@ -94,11 +94,12 @@ export function statusOf(error: unknown, requestId: string): Status {
   };
 }
 
-/** Turns any error into Connect's. One that Connect itself made keeps its code. */
+/** Turns any error into Connect's. One that Connect itself made keeps its code, where that says the same. */
 export function toConnectError(error: unknown, requestId: string): ConnectError {
   const status = statusOf(error, requestId);
-  const isConnects = error instanceof ConnectError && !isCallerGone(error) && status.reason !== "INTERNAL";
-  const code = isConnects ? error.code : status.code;
+  const keepsCode =
+    error instanceof ConnectError && status.reason !== "INTERNAL" && !isTooLarge(error) && !isCallerGone(error);
+  const code = keepsCode ? error.code : status.code;
   return new ConnectError(status.message, code, undefined, [...status.details], error);
 }
 
@@ -109,6 +110,7 @@ export function isOurs(error: unknown): boolean {
 
 function toDomainError(error: unknown): DomainError {
   if (error instanceof DomainError) return error;
+  if (isTooLarge(error)) return new DomainError(ErrorReason.INVALID_ARGUMENT, tooLarge, { cause: error });
   if (error instanceof ConnectError && !isCallerGone(error) && reasonOfCode(error.code) !== ErrorReason.INTERNAL) {
     return new DomainError(reasonOfCode(error.code), error.rawMessage, { cause: error });
   }
@@ -135,6 +137,18 @@ function isCallerGone(error: unknown): boolean {
   return error instanceof Error && goneCodes.has(Reflect.get(error, "code"));
 }
 
+/** The most that a message may have, packed or not. The default of the library is about 4 GiB. */
+export const readMaxBytes = 4 * 1024 * 1024;
+const tooLarge = `the message is larger than ${readMaxBytes} bytes, which is the most that a request may have`;
+
+/**
+ * Connect says "resource exhausted" of a message that is too large, and nothing else. To a client that is a limit of
+ * rate, and worth a retry; this request will never be taken.
+ */
+function isTooLarge(error: unknown): boolean {
+  return error instanceof ConnectError && error.code === Code.ResourceExhausted && error.details.length === 0;
+}
+
 /** Reasons for errors that the transport makes: an unreadable body, a message that is too long, a deadline. */
 function reasonOfCode(code: Code): ErrorReason {
   switch (code) {
@@ -156,7 +170,7 @@ function reasonOfCode(code: Code): ErrorReason {
     case Code.Unavailable:
       return ErrorReason.UNAVAILABLE;
     case Code.ResourceExhausted:
-      return ErrorReason.INVALID_ARGUMENT;
+      return ErrorReason.QUOTA_EXCEEDED;
     case Code.Aborted:
     case Code.AlreadyExists:
       return ErrorReason.CONFLICT;

@@ -73,7 +73,8 @@ function completeErrors(context: HandlerContext, record: RequestRecord, log: Log
     // One with details has been through here, or through the interceptors.
     if (!(error instanceof ConnectError) || error.details.length > 0) return;
     const explained = explainJsonError(context.method.input, error.rawMessage);
-    error.details = tell(explained ?? error, record, log).details;
+    const { code, message, rawMessage, details } = tell(explained ?? error, record, log);
+    Object.assign(error, { code, message, rawMessage, details });
   };
   context.signal.addEventListener("abort", complete, { once: true });
 }

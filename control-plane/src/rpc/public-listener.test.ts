@@ -157,7 +157,9 @@ describe("the public listener", () => {
     await using listener = await startTestListener(routes);
     const client = createClient(InstanceService, listener.transport("grpc", admin));
     const large = { spec: { image: "busybox", env: { A: "x".repeat(4 * 1024 * 1024) } } };
-    assert.equal((await rejection(client.createInstance(large))).code, Code.ResourceExhausted);
+    const refused = await rejection(client.createInstance(large));
+    assert.deepEqual([refused.code, reasonOf(refused)], [Code.InvalidArgument, "INVALID_ARGUMENT"]);
+    assert.match(refused.rawMessage, /larger than 4194304 bytes/);
     const { gzipSync } = await import("node:zlib");
     const body = gzipSync(Buffer.from(JSON.stringify(large)));
     assert.ok(body.length < 100_000);
@@ -180,7 +182,7 @@ describe("the public listener", () => {
       });
       stream.end(body);
     });
-    assert.match(answer, /resource_exhausted/);
+    assert.match(answer, /"invalid_argument".*larger than 4194304 bytes/);
   });
 
   test("accepts gzip and no other compression", async () => {
@@ -219,13 +221,41 @@ describe("the public listener", () => {
       const error = await rejection(
         createClient(InstanceService, listener.transport(kind, admin)).createInstance(large),
       );
-      assert.deepEqual([error.code, reasonOf(error)], [Code.ResourceExhausted, "INVALID_ARGUMENT"], kind);
+      assert.deepEqual([error.code, reasonOf(error)], [Code.InvalidArgument, "INVALID_ARGUMENT"], kind);
     }
     const unknown = await rejection(createClient(NodeService, listener.transport("grpc", admin)).listNodes({}));
     assert.deepEqual([unknown.code, reasonOf(unknown)], [Code.Unimplemented, "UNIMPLEMENTED"]);
     await sleep(50);
-    assert.ok(listener.lines.some((line) => line.includes('"code":"resource_exhausted"')));
+    assert.ok(listener.lines.some((line) => /CreateInstance","code":"invalid_argument"/.test(line)));
     assert.ok(!listener.lines.some((line) => /"code":"http_[45]/.test(line)));
+  });
+
+  test("tells a client that sends no type of ours, or not by POST, what to send", async () => {
+    await using listener = await startTestListener(routes);
+    const [whoAmI, watch] = ["/clodei.v1.IdentityService/WhoAmI", "/clodei.v1.InstanceService/WatchInstances"];
+    const form = "application/x-www-form-urlencoded";
+    const cases = [
+      [415, /Content-Type: application\/json/, { path: whoAmI, headers: {}, body: "" }],
+      [415, /Content-Type: application\/json/, { path: whoAmI, headers: { "content-type": form }, body: "{}" }],
+      [415, /this method streams/, { path: watch, headers: { "content-type": "application/json" }, body: "{}" }],
+      [
+        405,
+        /^GET cannot call this method: POST can$/,
+        { method: "GET", path: "/clodei.v1.InstanceService/StopInstance" },
+      ],
+      [405, /^PUT cannot call this method/, { method: "PUT", path: watch, headers: {}, body: "{}" }],
+    ] as const;
+    for (const [status, words, request] of cases) {
+      const answer = await sendPlain(listener, request);
+      assert.equal(answer.status, status, answer.body);
+      assert.equal(answer.headers["content-type"], "application/json");
+      const told = JSON.parse(answer.body) as { code: string; message: string; details: { debug: object }[] };
+      assert.equal(told.code, "invalid_argument");
+      assert.match(told.message, words);
+      const metadata = { requestId: answer.headers["clodei-request-id"] };
+      assert.deepEqual(told.details[0]?.debug, { reason: "INVALID_ARGUMENT", domain: "clodei.com", metadata });
+      if (status === 405) assert.match(String(answer.headers["allow"]), /POST/);
+    }
   });
 
   test("refuses a field and an enum value that the schema does not know, in JSON, by name", async () => {
@@ -711,6 +741,10 @@ describe("health and reflection", () => {
         "clodei.v1.InstanceSpec.image",
         "clodei.v1.InstanceState",
         "clodei.options.v1.authorization",
+        // No method names these; who gets an error wants to read it.
+        "google.rpc.ErrorInfo",
+        "google.rpc.BadRequest",
+        "clodei.v1.ErrorReason",
       ]) {
         assert.ok((await files({ case: "fileContainingSymbol", value: symbol })) >= 1, symbol);
       }

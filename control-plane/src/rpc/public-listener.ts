@@ -15,13 +15,15 @@ import { AddressConnections } from "./address-connections.ts";
 import { anonymousCaller } from "./caller.ts";
 import { createRequestValues, type RequestRecord } from "./context.ts";
 import { corsHeaders, isPreflight } from "./cors.ts";
-import { toConnectError } from "./errors.ts";
+import { codeName, readMaxBytes, toConnectError } from "./errors.ts";
 import { createGate, createInterceptors, drainError, type PipelineOptions } from "./interceptors.ts";
 import type { Metrics } from "./metrics.ts";
 
 type Handler = ReturnType<typeof connectNodeAdapter>;
 type Request = Parameters<Handler>[0];
 type Response = Parameters<Handler>[1];
+/** A method as the library serves it, in all of its protocols. */
+type ServedMethod = ConnectRouter["handlers"][number];
 
 /** A certificate and its key, as PEM. */
 export type ListenerTls = { readonly certificateChainPem: string; readonly privateKeyPem: string };
@@ -48,7 +50,6 @@ export type PublicListener = {
   close(drainMs: number): Promise<void>;
 };
 
-const readMaxBytes = 4 * 1024 * 1024;
 const maxConcurrentStreams = 100;
 /** With the default of 10 MB, 400 stalled answers of 64 KiB on one connection killed the session. */
 const maxSessionMemoryMb = 64;
@@ -117,9 +118,12 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
     isStream: false,
     code: undefined,
   });
+  const served = new Map<string, ServedMethod>();
   const serve = connectNodeAdapter({
-    routes: options.routes,
-    fallback: (request, response) => answerUnknown(request, response, records.get(request) ?? newRecord(request)),
+    routes: (router) => {
+      options.routes(router);
+      for (const handler of router.handlers) served.set(handler.requestPath, handler);
+    },
     acceptCompression: [compressionGzip],
     readMaxBytes,
     // A mistyped field in JSON is an error: a location constraint that is dropped in silence runs work elsewhere.
@@ -147,6 +151,13 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
       return;
     }
     limitBodyTime(request, response);
+    const method = served.get(request.url?.split("?", 1)[0] ?? "");
+    const refusal = method === undefined ? unknownPath : refusalOf(request, method);
+    if (refusal !== undefined) {
+      if (method !== undefined) record.method = `${method.service.typeName}/${method.method.name}`;
+      refuse(request, response, record, refusal);
+      return;
+    }
     try {
       serve(request, response);
     } catch {
@@ -193,15 +204,39 @@ function logAccess(request: Request, response: Response, record: RequestRecord, 
   });
 }
 
-/** A path that is none of ours, told in the protocol of the request. */
+// --- what no protocol can serve: a client that nobody wrote for us, such as plain curl, learns here what to send
+
 const noSuchMethod =
   "there is no such method: POST to /clodei.v1.SERVICE/METHOD; reflection lists those that there are " +
   "(buf curl --list-methods https://HOST:PORT, grpcurl HOST:PORT list)";
+const needsContentType =
+  "the request needs the header Content-Type: application/json, and a body of JSON, {} at least " +
+  "(curl -H 'Content-Type: application/json' -d '{}' …); gRPC, gRPC-Web and Connect have types of their own";
+const needsStreamProtocol =
+  "this method streams, which plain JSON cannot: call it by gRPC, gRPC-Web or Connect (buf curl, grpcurl, an SDK)";
 
-function answerUnknown(request: Request, response: Response, record: RequestRecord): void {
+type Refusal = { readonly status: number; readonly error: DomainError; readonly headers?: Record<string, string> };
+
+const unknownPath: Refusal = { status: 404, error: new DomainError(ErrorReason.UNIMPLEMENTED, noSuchMethod) };
+
+/** Why the method cannot be called like this; the library would answer with a status and no word. */
+function refusalOf(request: Request, served: ServedMethod): Refusal | undefined {
+  if (!served.allowedMethods.includes(request.method ?? "")) {
+    const text = `${request.method} cannot call this method: ${served.allowedMethods.join(" and ")} can`;
+    const headers = { allow: served.allowedMethods.join(", ") };
+    return { status: 405, error: new DomainError(ErrorReason.INVALID_ARGUMENT, text), headers };
+  }
+  if (request.method !== "POST" || served.supportedContentType(headerOf(request, "content-type") ?? ""))
+    return undefined;
+  const text = served.method.methodKind === "unary" ? needsContentType : needsStreamProtocol;
+  return { status: 415, error: new DomainError(ErrorReason.INVALID_ARGUMENT, text) };
+}
+
+/** Told in the protocol of the request. */
+function refuse(request: Request, response: Response, record: RequestRecord, refusal: Refusal): void {
   const type = headerOf(request, "content-type") ?? "";
-  const error = toConnectError(new DomainError(ErrorReason.UNIMPLEMENTED, noSuchMethod), record.requestId);
-  record.code = "unimplemented";
+  const error = toConnectError(refusal.error, record.requestId);
+  record.code = codeName(error.code);
   response.setHeader("clodei-request-id", record.requestId);
   if (type.startsWith("application/grpc")) {
     setHeaders(response, { "content-type": type, ...Object.fromEntries(setTrailerStatus(new Headers(), error)) });
@@ -209,8 +244,8 @@ function answerUnknown(request: Request, response: Response, record: RequestReco
     response.end();
     return;
   }
-  setHeaders(response, { "content-type": "application/json" });
-  response.statusCode = 404;
+  setHeaders(response, { "content-type": "application/json", ...refusal.headers });
+  response.statusCode = refusal.status;
   response.end(JSON.stringify(errorToJson(error, undefined)));
 }
 

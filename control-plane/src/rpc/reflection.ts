@@ -14,6 +14,8 @@ import {
 } from "@bufbuild/protobuf";
 import { FileDescriptorProtoSchema } from "@bufbuild/protobuf/wkt";
 import { Code, type ServiceImpl } from "@connectrpc/connect";
+import { file_clodei_v1_error } from "@clodei/proto/gen/clodei/v1/error";
+import { file_google_rpc_error_details } from "@clodei/proto/gen/google/rpc/error_details";
 import {
   ServerReflectionRequestSchema,
   ServerReflectionResponseSchema,
@@ -35,9 +37,12 @@ export type Reflection = {
   readonly v1alpha: ServiceImpl<typeof AlphaReflection>;
 };
 
+/** What errors carry. No method names it, and without it a client shows the details of an error as bytes. */
+const filesOfErrors: readonly DescFile[] = [file_google_rpc_error_details, file_clodei_v1_error];
+
 /** The handlers of both versions, for the services named. */
 export function createReflection(services: readonly DescService[]): Reflection {
-  const files = collectFiles(services.map(({ file }) => file));
+  const files = collectFiles([...services.map(({ file }) => file), ...filesOfErrors]);
   const registry = createRegistry(...files);
   const respond = (request: ServerReflectionRequest): ServerReflectionResponse => {
     const response = create(ServerReflectionResponseSchema, { validHost: request.host, originalRequest: request });
