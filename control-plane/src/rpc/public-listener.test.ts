@@ -237,6 +237,7 @@ describe("the public listener", () => {
     const cases = [
       [415, /Content-Type: application\/json/, { path: whoAmI, headers: {}, body: "" }],
       [415, /Content-Type: application\/json/, { path: whoAmI, headers: { "content-type": form }, body: "{}" }],
+      [415, /must be a POST/, { method: "GET", path: "/clodei.v1.InstanceService/ListInstances" }],
       [415, /this method streams/, { path: watch, headers: { "content-type": "application/json" }, body: "{}" }],
       [
         405,

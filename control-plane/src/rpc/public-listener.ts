@@ -210,7 +210,7 @@ const noSuchMethod =
   "there is no such method: POST to /clodei.v1.SERVICE/METHOD; reflection lists those that there are " +
   "(buf curl --list-methods https://HOST:PORT, grpcurl HOST:PORT list)";
 const needsContentType =
-  "the request needs the header Content-Type: application/json, and a body of JSON, {} at least " +
+  "the request must be a POST with the header Content-Type: application/json and a body of JSON, {} at least " +
   "(curl -H 'Content-Type: application/json' -d '{}' …); gRPC, gRPC-Web and Connect have types of their own";
 const needsStreamProtocol =
   "this method streams, which plain JSON cannot: call it by gRPC, gRPC-Web or Connect (buf curl, grpcurl, an SDK)";
@@ -226,10 +226,16 @@ function refusalOf(request: Request, served: ServedMethod): Refusal | undefined 
     const headers = { allow: served.allowedMethods.join(", ") };
     return { status: 405, error: new DomainError(ErrorReason.INVALID_ARGUMENT, text), headers };
   }
-  if (request.method !== "POST" || served.supportedContentType(headerOf(request, "content-type") ?? ""))
-    return undefined;
+  if (isReadable(request, served)) return undefined;
   const text = served.method.methodKind === "unary" ? needsContentType : needsStreamProtocol;
   return { status: 415, error: new DomainError(ErrorReason.INVALID_ARGUMENT, text) };
+}
+
+/** Whether the request says how its message is written: a GET in its query, any other in its type. */
+function isReadable(request: Request, served: ServedMethod): boolean {
+  if (request.method !== "GET") return served.supportedContentType(headerOf(request, "content-type") ?? "");
+  const query = new URLSearchParams(request.url?.split("?", 2)[1]);
+  return ["json", "proto"].includes(query.get("encoding") ?? "");
 }
 
 /** Told in the protocol of the request. */
