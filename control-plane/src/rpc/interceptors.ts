@@ -3,6 +3,7 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Message } from "@bufbuild/protobuf";
 import {
+  Code,
   ConnectError,
   type HandlerContext,
   type Interceptor,
@@ -106,7 +107,7 @@ function errorMapping(options: PipelineOptions): Interceptor {
       const response = await next(request);
       if (response.stream) {
         const guarded = guardStream(response.message, request, options, access);
-        return { ...response, message: mapStreamErrors(guarded, record, options) };
+        return { ...response, message: mapStreamErrors(guarded, request.signal, record, options) };
       }
       record.code = "ok";
       return response;
@@ -118,6 +119,7 @@ function errorMapping(options: PipelineOptions): Interceptor {
 
 async function* mapStreamErrors<T>(
   messages: AsyncIterable<T>,
+  signal: AbortSignal,
   record: RequestRecord,
   options: PipelineOptions,
 ): AsyncGenerator<T> {
@@ -127,13 +129,18 @@ async function* mapStreamErrors<T>(
     for await (const message of messages) yield message;
     // A handler that sees its signal simply ends, which its caller would take for the end of the data.
     if (options.shutdownSignal.aborted) throw drainError();
-    record.code = "ok";
+    if (isDeadline(signal.reason)) throw signal.reason;
+    if (!signal.aborted) record.code = "ok";
   } catch (error) {
     throw tell(error, record, options.log);
   } finally {
     record.code ??= "canceled";
     options.metrics.openStreams.dec({ service, method });
   }
+}
+
+function isDeadline(reason: unknown): reason is ConnectError {
+  return reason instanceof ConnectError && reason.code === Code.DeadlineExceeded;
 }
 
 /**

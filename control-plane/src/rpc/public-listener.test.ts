@@ -140,6 +140,27 @@ describe("the public listener", () => {
     assert.ok(!listener.lines.join("").includes("127.0.0.1"), "a network address is personal data");
   });
 
+  test("says of a stream that its deadline passed, though its handler simply ends", async () => {
+    await using listener = await startTestListener(routes);
+    // Only in the header: a client that knows of it would give up by itself.
+    const deadlines = { grpc: { "grpc-timeout": "300m" }, "connect-json": { "connect-timeout-ms": "300" } } as const;
+    for (const kind of ["grpc", "connect-json"] as const) {
+      const client = createClient(InstanceService, listener.transport(kind, admin));
+      const cursors: string[] = [];
+      const error = await rejection(
+        (async () => {
+          for await (const { cursor } of client.watchInstances({}, { headers: deadlines[kind] })) cursors.push(cursor);
+        })(),
+      );
+      assert.deepEqual([error.code, reasonOf(error)], [Code.DeadlineExceeded, "DEADLINE_EXCEEDED"], kind);
+      assert.deepEqual(cursors, ["first"], kind);
+    }
+    const logged = () =>
+      listener.lines.filter((line) => /WatchInstances","code":"deadline_exceeded"/.test(line)).length;
+    for (let n = 0; n < 500 && logged() < 2; n += 1) await sleep(10);
+    assert.equal(logged(), 2);
+  });
+
   test("refuses wrong credentials before it reads the body", async () => {
     await using listener = await startTestListener(routes);
     const startMs = performance.now();
@@ -743,6 +764,7 @@ describe("health and reflection", () => {
         "clodei.v1.InstanceState",
         "clodei.options.v1.authorization",
         // No method names these; who gets an error wants to read it.
+        "google.rpc.Status",
         "google.rpc.ErrorInfo",
         "google.rpc.BadRequest",
         "clodei.v1.ErrorReason",
