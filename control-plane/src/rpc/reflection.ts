@@ -16,6 +16,7 @@ import { FileDescriptorProtoSchema } from "@bufbuild/protobuf/wkt";
 import { Code, type ServiceImpl } from "@connectrpc/connect";
 import { file_clodei_v1_error } from "@clodei/proto/gen/clodei/v1/error";
 import { file_google_rpc_error_details } from "@clodei/proto/gen/google/rpc/error_details";
+import { file_google_rpc_status } from "@clodei/proto/gen/google/rpc/status";
 import {
   ServerReflectionRequestSchema,
   ServerReflectionResponseSchema,
@@ -38,7 +39,11 @@ export type Reflection = {
 };
 
 /** What errors carry. No method names it, and without it a client shows the details of an error as bytes. */
-const filesOfErrors: readonly DescFile[] = [file_google_rpc_error_details, file_clodei_v1_error];
+const filesOfErrors: readonly DescFile[] = [
+  file_google_rpc_status,
+  file_google_rpc_error_details,
+  file_clodei_v1_error,
+];
 
 /** The handlers of both versions, for the services named. */
 export function createReflection(services: readonly DescService[]): Reflection {
