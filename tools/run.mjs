@@ -19,7 +19,12 @@ const engineNeeds = ["engine", "busybox", "ip", "iptables", "namespaces"];
 /** Each command: its program, what it is for, what it needs, and whether it can do a part of its work without. */
 const commands = {
   start: { program: "tools/start/main.ts", what: "starts a control plane, an agent and a first instance here" },
-  test: { program: "tools/test/main.ts", what: "runs the tests", needs: [...engineNeeds, "registry"], partial: true },
+  test: {
+    program: "tools/test/main.ts",
+    what: "runs the tests",
+    needs: [...engineNeeds, "registry", "curl", "python", "browser"],
+    partial: true,
+  },
   check: { program: "tools/check/main.ts", what: "checks types, lint, format, schema, imports and more", needs: [] },
   bench: { program: "test/bench/main.ts", what: "measures against bare tools", needs: engineNeeds },
   generate: { program: "tools/generate/main.ts", what: "regenerates what is generated", needs: [] },

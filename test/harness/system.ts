@@ -221,10 +221,9 @@ export class TestSystem implements AsyncDisposable {
         await controlPlane.start();
       }
       const system = new TestSystem(folder, engine, controlPlanes, database);
-      const { controlPlane } = system;
-      system.#ca = controlPlane.listening.caPem;
+      system.#ca = system.controlPlane.listening.caPem;
       system.#client = system.connect(await system.createOrganization("acme"));
-      system.#operator = system.connect(keyIn(await controlPlane.command("create-operator", "--name", "olga")));
+      system.#operator = system.connect(await system.createOperator("olga"));
       system.#closing.use(closing.move());
       for (const agent of options.agents ?? []) await system.addAgent(agent);
       return system;
@@ -268,9 +267,19 @@ export class TestSystem implements AsyncDisposable {
     return this.#ca;
   }
 
+  /** The same as a file. */
+  get caFile(): string {
+    return join(this.controlPlane.folder, "ca", "certificate.pem");
+  }
+
   /** Makes an organization and returns an API key of its administrator. */
   async createOrganization(name: string): Promise<string> {
     return keyIn(await this.controlPlane.command("create-organization", "--name", name));
+  }
+
+  /** Makes a platform operator and returns an API key of theirs. */
+  async createOperator(name: string): Promise<string> {
+    return keyIn(await this.controlPlane.command("create-operator", "--name", name));
   }
 
   /** A client with a key of the caller's choice, of the first control plane where no other is named. */

@@ -2,7 +2,6 @@
 import { spawn } from "node:child_process";
 import { accessSync, closeSync, constants, existsSync, openSync, readFileSync, readSync } from "node:fs";
 import { delimiter, join } from "node:path";
-import { SetupError } from "./fail.mjs";
 
 /** Administrator's folders, which an ordinary user's PATH lacks on Debian. */
 const administratorFolders = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
@@ -78,6 +77,13 @@ const needs = {
     what: "docker-registry",
     isThere: () => findProgram("docker-registry") !== undefined,
   },
+  curl: { package: "curl", what: "curl", isThere: () => findProgram("curl") !== undefined },
+  python: {
+    package: "python3-grpcio",
+    what: "gRPC for the system's Python",
+    isThere: () => existsSync("/usr/lib/python3/dist-packages/grpc/__init__.py"),
+  },
+  browser: { package: "chromium", what: "chromium", isThere: () => findProgram("chromium") !== undefined },
   ip: { package: "iproute2", what: "ip", isThere: () => findProgram("ip") !== undefined },
   iptables: { package: "iptables", what: "iptables", isThere: () => findProgram("iptables") !== undefined },
   namespaces: {
@@ -105,17 +111,25 @@ function runApt(parameters) {
   });
 }
 
+/**
+ * @param {readonly string[]} packages
+ * @param {(line: string) => void} progress
+ * @returns {Promise<string | undefined>} what could not be installed, in the words of apt-get
+ */
 async function aptInstall(packages, progress) {
   progress(`Debian packages: installing ${packages.join(", ")}`);
-  const install = ["install", "--yes", "--no-install-recommends", ...packages];
+  const install = ["install", "--yes", "--no-install-recommends"];
   // The lists of a fresh machine are empty and those of an old one name files that are gone: update, once.
-  const first = await runApt(install);
-  if (first.code === 0) return;
+  if ((await runApt([...install, ...packages])).code === 0) return undefined;
   await runApt(["update"]);
-  const second = await runApt(install);
-  if (second.code !== 0) {
-    throw new SetupError(`apt-get could not install ${packages.join(", ")}:\n${second.output.trim()}`);
+  if ((await runApt([...install, ...packages])).code === 0) return undefined;
+  // One that this system does not have must not keep the others away.
+  const failures = [];
+  for (const name of packages) {
+    const { code, output } = await runApt([...install, name]);
+    if (code !== 0) failures.push(`apt-get could not install ${name}:\n${output.trim()}`);
   }
+  return failures.length === 0 ? undefined : failures.join("\n");
 }
 
 /**
@@ -137,10 +151,7 @@ export async function provide(names, progress) {
   if (missing.length === 0) return undefined;
   const packages = missing.map((need) => need.package);
   if (process.platform === "linux" && isDebian()) {
-    if (process.getuid?.() === 0) {
-      await aptInstall(packages, progress);
-      return undefined;
-    }
+    if (process.getuid?.() === 0) return aptInstall(packages, progress);
     return `missing: ${missing.map((need) => need.what).join(", ")}. Install with: sudo apt-get install --no-install-recommends ${packages.join(" ")}`;
   }
   if (process.platform === "linux") {
