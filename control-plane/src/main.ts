@@ -24,7 +24,9 @@ const help = `clodei-control-plane [command] [settings]
 Commands:
   serve                              serves the public API and the node link (the default)
   create-operator [--name NAME]      makes a platform operator and prints its API key, once
-  create-organization --name NAME    makes an organization and prints an API key of its admin, once
+  create-organization --name NAME [--member-issuer ISSUER --member-subject SUBJECT]
+                                     makes an organization and prints an API key of its admin, once; the user whom
+                                     ISSUER's tokens call SUBJECT becomes its admin, too
   revoke-api-key --key-id KEY_ID     revokes an API key, at once and for good, and prints whose it was
   forget-ca                          lets the next start use another CA; nodes must be enrolled again under it
   init-database                      makes the roles in CLODEI_DATABASE_ADMIN_URL and prints three URLs
@@ -38,12 +40,12 @@ ${configHelp()}
 const commandFlags: Readonly<Record<string, readonly CommandFlag[]>> = {
   serve: [],
   "create-operator": ["--name"],
-  "create-organization": ["--name"],
+  "create-organization": ["--name", "--member-issuer", "--member-subject"],
   "revoke-api-key": ["--key-id"],
   "forget-ca": [],
   "init-database": [],
 };
-type CommandFlag = "--name" | "--key-id";
+type CommandFlag = "--name" | "--member-issuer" | "--member-subject" | "--key-id";
 
 type Arguments = {
   readonly command: string;
@@ -131,8 +133,9 @@ async function createOperator({ config, flags }: Arguments): Promise<number> {
 
 async function createOrganization({ config, flags }: Arguments): Promise<number> {
   const name = checkName("create-organization", flags["--name"]);
+  const member = memberOf(flags);
   await withServices(config, async ({ database, organizations }) => {
-    const created = await database.system((tx) => organizations.create(tx, { name }));
+    const created = await database.system((tx) => organizations.create(tx, { name, ...member }));
     print({ organizationId: created.organizationId, apiKey: created.adminApiKey });
   });
   return 0;
@@ -167,6 +170,22 @@ async function forgetCa({ config }: Arguments): Promise<number> {
     if (!forgotten) throw new ConfigError(["forget-ca: no control plane has served this database yet"]);
   });
   return 0;
+}
+
+/** The user that the flags name. As long as the columns that hold it, and like the claims byte by byte. */
+function memberOf(flags: Arguments["flags"]): { member?: { issuer: string; subject: string } } {
+  const [issuer, subject] = [flags["--member-issuer"], flags["--member-subject"]];
+  if (issuer === undefined && subject === undefined) return {};
+  if (!isClaim(issuer, 512) || !isClaim(subject, 255)) {
+    throw new ConfigError([
+      "create-organization: --member-issuer and --member-subject belong together: the claims iss and sub of the user's tokens",
+    ]);
+  }
+  return { member: { issuer, subject } };
+}
+
+function isClaim(text: string | undefined, maxBytes: number): text is string {
+  return text !== undefined && text !== "" && Buffer.byteLength(text) <= maxBytes;
 }
 
 /** As long as the columns that hold it. */

@@ -226,6 +226,8 @@ describe("the program", () => {
     await assert.rejects(run(["--no-such-flag"]), /no-such-flag/);
     await assert.rejects(run(["serve", "--name", "x"]), /serve does not take --name/);
     await assert.rejects(run(["create-organization", "--name", ""]), /--name must have 1 to 128 characters/);
+    const alone = ["create-organization", "--name", "A", "--member-subject", "ada"];
+    await assert.rejects(run(alone), /--member-issuer and --member-subject belong together/);
     await assert.rejects(run(["revoke-api-key"]), /--key-id is missing/);
   });
 });

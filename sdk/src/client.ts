@@ -14,7 +14,7 @@ import { Identity } from "./identity.ts";
 import { Instances } from "./instances.ts";
 import { Nodes } from "./nodes.ts";
 import { defaultGiveUpAfterMs, type ResumePolicy } from "./resume.ts";
-import { openNodeWire } from "./transport-node.ts";
+import { openWire } from "#transport";
 import type { Wire } from "./wire.ts";
 
 /** Options of a client. Give either apiKey or token. */
@@ -23,10 +23,10 @@ export type ClientOptions = CredentialOptions & {
   readonly endpoint: string;
   /**
    * PEM of the authority that signed the server's certificate; the system's roots where absent. With npm start:
-   * readFileSync(".data/ca/certificate.pem", "utf8").
+   * readFileSync(".data/ca/certificate.pem", "utf8"). Not in browsers, which trust those of their own settings.
    */
   readonly ca?: string | undefined;
-  /** Milliseconds that making a connection may take, before the next try. 10,000 where absent. */
+  /** Milliseconds that making a connection may take, before the next try. 10,000 where absent; browsers have their own. */
   readonly connectTimeoutMs?: number | undefined;
   /** Milliseconds that a call may take, its retries included. 30,000 where absent; 0 for none. Streams have none. */
   readonly timeoutMs?: number | undefined;
@@ -124,5 +124,5 @@ export class ClodeiClient implements Disposable {
  */
 export function createClient(options: ClientOptions): ClodeiClient {
   const { endpoint, ca, connectTimeoutMs = defaultConnectTimeoutMs } = options;
-  return new ClodeiClient(openNodeWire({ endpoint, ca, connectTimeoutMs }), options);
+  return new ClodeiClient(openWire({ endpoint, ca, connectTimeoutMs }), options);
 }

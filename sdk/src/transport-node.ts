@@ -1,12 +1,13 @@
 /**
- * The Node side of the SDK, and the only file that imports from Node: Connect over HTTP/2 and TLS. A browser
- * entry replaces this file alone.
+ * The Node side of the SDK, and the only file that imports from Node: Connect over HTTP/2 and TLS. In a browser,
+ * transport-browser.ts stands in its place: package.json chooses by the name #transport.
  */
 import { AsyncLocalStorage } from "node:async_hooks";
 import type { ClientHttp2Stream, Http2Session } from "node:http2";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { createConnectTransport, Http2SessionManager } from "@connectrpc/connect-node";
 import { type ConnectionAttempt, explainConnectionError } from "./connection-errors.ts";
+import { parseEndpoint } from "./endpoint.ts";
 import { ClodeiError } from "./errors.ts";
 import type { Wire, WireOptions } from "./wire.ts";
 
@@ -39,7 +40,7 @@ const lostConnectionCodes: ReadonlySet<string> = new Set([
 ]);
 
 /** Opens a wire. Nothing is sent before the first call. */
-export function openNodeWire(options: WireOptions): Wire {
+export function openWire(options: WireOptions): Wire {
   const url = parseEndpoint(options.endpoint);
   if (options.ca !== undefined && !options.ca.includes("-----BEGIN CERTIFICATE-----")) {
     throw new ClodeiError(
@@ -140,15 +141,6 @@ function discardAfterAbort(stream: ClientHttp2Stream, signal: AbortSignal): void
   };
   signal.addEventListener("abort", onAbort, { once: true });
   stream.once("close", () => signal.removeEventListener("abort", onAbort));
-}
-
-function parseEndpoint(endpoint: string): URL {
-  const url = URL.canParse(endpoint) ? new URL(endpoint) : undefined;
-  const loopback = ["localhost", "127.0.0.1", "[::1]"].includes(url?.hostname ?? "");
-  // Over plain http an API key could be read by anyone on the way.
-  if (url?.protocol === "https:" || (url?.protocol === "http:" && loopback)) return url;
-  const message = `endpoint must be like "https://api.example:8443" (http:// on loopback alone), not "${endpoint}"`;
-  throw new ClodeiError("invalid_argument", "INVALID_ARGUMENT", message);
 }
 
 /** Node's codes along an error's causes. */

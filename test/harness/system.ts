@@ -272,9 +272,16 @@ export class TestSystem implements AsyncDisposable {
     return join(this.controlPlane.folder, "ca", "certificate.pem");
   }
 
-  /** Makes an organization and returns an API key of its administrator. */
-  async createOrganization(name: string): Promise<string> {
-    return keyIn(await this.controlPlane.command("create-organization", "--name", name));
+  /**
+   * Makes an organization and returns an API key of its administrator.
+   * @param member Who is its administrator, too, as the claims of their tokens say it.
+   */
+  async createOrganization(
+    name: string,
+    member?: { readonly issuer: string; readonly subject: string },
+  ): Promise<string> {
+    const flags = member === undefined ? [] : ["--member-issuer", member.issuer, "--member-subject", member.subject];
+    return keyIn(await this.controlPlane.command("create-organization", "--name", name, ...flags));
   }
 
   /** Makes a platform operator and returns an API key of theirs. */
