@@ -1,8 +1,6 @@
 // Shows a user's instances in a page, and every change of them. A bundler that knows the condition "browser" makes a
 // script of it, such as esbuild --bundle --format=esm; docs/clients.md tells what the control plane must be told.
-import { createClient, InstanceState } from "@clodei/sdk";
-
-const stateNames = new Map<number, string>(Object.entries(InstanceState).map(([name, value]) => [value, name]));
+import { createClient, type Instance } from "@clodei/sdk";
 
 /**
  * Goes on until the signal is aborted, which it rejects with.
@@ -13,12 +11,11 @@ const stateNames = new Map<number, string>(Object.entries(InstanceState).map(([n
 export async function showInstances(
   endpoint: string,
   token: () => Promise<string>,
-  show: (instanceId: string, state: string) => void,
+  show: (instance: Instance) => void,
   signal: AbortSignal,
 ): Promise<void> {
   using client = createClient({ endpoint, token });
   for await (const event of client.instances.watch({ signal })) {
-    if (event.type !== "snapshot" && event.type !== "change") continue;
-    show(event.value.id, stateNames.get(event.value.state) ?? "");
+    if (event.type === "snapshot" || event.type === "change") show(event.value);
   }
 }

@@ -10,6 +10,7 @@ import { after, before, describe, test } from "node:test";
 import { build } from "esbuild";
 import { type Browser, chromium, type Page } from "playwright-core";
 import { startTestIssuer, testAudience, type TestIssuer } from "../../control-plane/src/identity/test-issuer.ts";
+import { InstanceState } from "@clodei/sdk";
 import { engineUnavailable } from "../harness/engine.ts";
 import { eventually } from "../harness/eventually.ts";
 import { TestSystem } from "../harness/system.ts";
@@ -132,18 +133,24 @@ describe("the SDK in a browser", { skip: engineUnavailable ?? browserUnavailable
   test("watches them through a connection that is cut, until the page has enough, which the server sees", async () => {
     await using proxy = await TcpProxy.start(new URL(asker.endpoint).host);
     using client = system.connect(apiKey);
-    const shown = (): Promise<string[]> => page.evaluate(() => clodeiPage.shown);
+    const shown = () => page.evaluate(() => clodeiPage.shown);
+    const untilShown = (id: string, state: InstanceState): Promise<void> =>
+      eventually(patienceMs, async () => {
+        const found = (await shown()).some((instance) => instance.id === id && instance.state === state);
+        assert.ok(found, `${id} ${state}`);
+      });
     const first = await client.instances.run({ image: "busybox" });
     await page.evaluate((who) => clodeiPage.watch(who), { ...asker, endpoint: `https://${proxy.endpoint}` });
-    await eventually(patienceMs, async () => assert.ok((await shown()).includes(`${first.id} PENDING`)));
+    await untilShown(first.id, InstanceState.PENDING);
     await first.delete();
-    await eventually(patienceMs, async () => assert.ok((await shown()).includes(`${first.id} DELETED`)));
+    await untilShown(first.id, InstanceState.DELETED);
     const connections = proxy.connections;
     proxy.cut();
     const second = await client.instances.run({ image: "busybox" });
-    await eventually(patienceMs, async () => assert.ok((await shown()).includes(`${second.id} PENDING`)));
+    await untilShown(second.id, InstanceState.PENDING);
     assert.ok(proxy.connections > connections);
-    assert.equal((await shown()).filter((line) => line === `${second.id} PENDING`).length, 1);
+    const told = (await shown()).map(({ id, version }) => `${id} ${version}`);
+    assert.deepEqual(told, [...new Set(told)], "nothing comes twice");
 
     await page.evaluate(() => clodeiPage.stopWatching());
     await eventually(patienceMs, async () => {

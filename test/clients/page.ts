@@ -1,5 +1,5 @@
 // The script of the test's page: the SDK as a page uses it. Bundled for browsers; the test calls it there.
-import { ClodeiError, createClient } from "@clodei/sdk";
+import { ClodeiError, createClient, type Instance, type InstanceState } from "@clodei/sdk";
 import { showInstances } from "../../sdk/examples/browser.ts";
 
 /** What an error of the SDK says, as far as it can leave the page. */
@@ -27,8 +27,8 @@ async function told<T>(work: () => Promise<T>): Promise<T | ToldError> {
 
 const watching = new AbortController();
 const page = {
-  /** "ID STATE" of each instance that a watch told of. */
-  shown: [] as string[],
+  /** What a watch told, in its order. */
+  shown: [] as { readonly id: string; readonly state: InstanceState; readonly version: number }[],
   /** What ended the watch. */
   watchEnded: undefined as ToldError | undefined,
 
@@ -48,7 +48,9 @@ const page = {
     }),
 
   watch({ endpoint, token = "" }: Asker): void {
-    const show = (id: string, state: string): void => void page.shown.push(`${id} ${state}`);
+    const show = ({ id, state, version }: Instance): void => {
+      page.shown.push({ id, state, version: Number(version) });
+    };
     const ended = showInstances(endpoint, () => Promise.resolve(token), show, watching.signal);
     void told(() => ended).then((error) => (page.watchEnded = error ?? undefined));
   },
