@@ -181,6 +181,13 @@ describe("the SDK in a browser", { skip: engineUnavailable ?? browserUnavailable
     assert.deepEqual([withNothing.code, withNothing.reason], ["unauthenticated", "TOKEN_INVALID"]);
   });
 
+  test("an authority of one's own is refused in a page: the browser decides whom it trusts", async () => {
+    const error = await page.evaluate((who) => clodeiPage.list(who), { ...asker, ca: system.ca });
+    assert.ok("reason" in error);
+    assert.deepEqual([error.code, error.reason], ["invalid_argument", "INVALID_ARGUMENT"]);
+    assert.match(error.message, /^ca cannot be given in a browser/);
+  });
+
   test("a page of an origin that the control plane does not name reads nothing, and is told what may be the matter", async () => {
     const error = await foreignPage.evaluate((who) => clodeiPage.list(who), asker);
     assert.ok("reason" in error);

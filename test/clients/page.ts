@@ -6,11 +6,17 @@ import { showInstances } from "../../sdk/examples/browser.ts";
 export type ToldError = Pick<ClodeiError, "code" | "reason" | "message" | "fieldViolations" | "requestId">;
 
 /** Who asks. */
-export type Asker = { readonly endpoint: string; readonly token?: string; readonly apiKey?: string };
+export type Asker = {
+  readonly endpoint: string;
+  readonly token?: string;
+  readonly apiKey?: string;
+  readonly ca?: string;
+};
 
-const clientOf = ({ endpoint, token, apiKey }: Asker) =>
+const clientOf = ({ endpoint, token, apiKey, ca }: Asker) =>
   createClient({
     endpoint,
+    ca,
     ...(apiKey === undefined ? { token: () => token ?? "" } : { apiKey }),
     retry: { maxAttempts: 1 },
   });
