@@ -211,9 +211,11 @@ describe("clients that others wrote", { skip: engineUnavailable, timeout: 600_00
           return instance;
         });
         assert.equal(got.location?.country, "ES");
-        const filter = JSON.stringify({ filter: { labels } });
-        const listed = await curl("InstanceService/ListInstances", version, ...json, "-d", filter);
-        const { instances } = JSON.parse(listed.body) as { instances: { id: string }[] };
+        const query = new URLSearchParams({ encoding: "json", message: JSON.stringify({ filter: { labels } }) });
+        const byPost = await curl("InstanceService/ListInstances", version, ...json, "-d", query.get("message") ?? "");
+        const byGet = await curl(`InstanceService/ListInstances?${query}`, version);
+        assert.deepEqual(byGet, byPost);
+        const { instances } = JSON.parse(byPost.body) as { instances: { id: string }[] };
         assert.deepEqual(
           instances.map((instance) => instance.id),
           [id],
