@@ -22,7 +22,7 @@ const commands = {
   test: {
     program: "tools/test/main.ts",
     what: "runs the tests",
-    needs: [...engineNeeds, "registry", "curl", "python", "browser"],
+    needs: [...engineNeeds, "registry", "curl", "python", "browser", "clock"],
     partial: true,
   },
   check: { program: "tools/check/main.ts", what: "checks types, lint, format, schema, imports and more", needs: [] },

@@ -367,6 +367,16 @@ class Reader {
   }
 }
 
+/** All settings, for their document. */
+export function agentSettings() {
+  return Object.entries<Setting<unknown>>(settings).map(([name, { variable, fallback, help }]) => ({
+    flag: `--${name}`,
+    variable,
+    fallback,
+    help,
+  }));
+}
+
 /** The text of `--help`, made from the table of settings. */
 export function helpText(): string {
   const lines = ["clodei-agent: runs validated containers on this node for a Clodei control plane.", "", "Usage:"];

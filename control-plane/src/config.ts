@@ -279,6 +279,11 @@ export function configHelp(): string {
   return lines.join("\n");
 }
 
+/** All settings, for their document. */
+export function controlPlaneSettings() {
+  return Object.values(settings).map(({ variable, flag, fallback, help }) => ({ variable, flag, fallback, help }));
+}
+
 /** What the runtime itself would read, and what would switch off a promise of ours in silence. */
 function runtimeProblems(environment: Readonly<Record<string, string | undefined>>): string[] {
   // Node knows the one value. Issuers are verified by its default, which this changes.

@@ -1,6 +1,7 @@
 // Kinds about what a reader relies on: the lock file, and documents that are generated or that quote code.
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { dirname, join, normalize } from "node:path";
+import { configurationDocument, configurationDocumentText } from "../docs/configuration.ts";
 import { errorsDocument, errorsDocumentOf } from "../docs/errors.ts";
 import { exampleProblem } from "../docs/readme.ts";
 import { buildCommentedImage } from "../schema/schema.ts";
@@ -39,9 +40,15 @@ function brokenLinks(root: string): string[] {
 async function checkDocuments({ root, temporaryFolder }: CheckContext): Promise<Outcome> {
   const image = join(temporaryFolder, "commented.binpb");
   await buildCommentedImage(root, image);
-  const committed = existsSync(join(root, errorsDocument)) ? readFileSync(join(root, errorsDocument), "utf8") : "";
   const problems = brokenLinks(root);
-  if (committed !== errorsDocumentOf(image)) problems.push(`${errorsDocument} is stale: npm run generate`);
+  const generated = [
+    [errorsDocument, errorsDocumentOf(image)],
+    [configurationDocument, configurationDocumentText()],
+  ] as const;
+  for (const [file, text] of generated) {
+    const committed = existsSync(join(root, file)) ? readFileSync(join(root, file), "utf8") : "";
+    if (committed !== text) problems.push(`${file} is stale: npm run generate`);
+  }
   const example = exampleProblem(root);
   if (example !== undefined) problems.push(example);
   return problems.length === 0 ? { ok: true } : { ok: false, output: problems.join("\n") };

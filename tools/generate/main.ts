@@ -4,6 +4,7 @@ import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
 import { packageProgram, runTool } from "../check/run-tool.ts";
+import { configurationDocument, configurationDocumentText } from "../docs/configuration.ts";
 import { errorsDocument, errorsDocumentOf } from "../docs/errors.ts";
 import { examplePath, withExample } from "../docs/readme.ts";
 import { decisionsFolder, nextRecordNumber } from "../schema/decisions.ts";
@@ -19,7 +20,8 @@ import {
 
 const help = `usage: npm run generate [-- --accept-schema "WHY"]
 
-Formats the schemas and writes again what is generated: proto/gen, docs/errors.md, the program in README.md.
+Formats the schemas and writes again what is generated: proto/gen, docs/errors.md, docs/configuration.md, the program in
+README.md.
 
   --accept-schema WHY   also makes the present schema the one that later changes are compared with:
                         refuses a breaking change, writes proto/image.binpb, and adds a decision
@@ -60,6 +62,8 @@ async function generate(root: string, why: string | undefined): Promise<void> {
   } finally {
     rmSync(folder, { recursive: true, force: true });
   }
+  writeFileSync(join(root, configurationDocument), configurationDocumentText());
+  console.log(`written: ${configurationDocument}`);
   const readme = join(root, "README.md");
   writeFileSync(readme, withExample(readFileSync(readme, "utf8"), readFileSync(join(root, examplePath), "utf8")));
   console.log("written: the program in README.md");

@@ -84,6 +84,11 @@ const needs = {
     isThere: () => existsSync("/usr/lib/python3/dist-packages/grpc/__init__.py"),
   },
   browser: { package: "chromium", what: "chromium", isThere: () => findProgram("chromium") !== undefined },
+  clock: {
+    package: "faketime",
+    what: "libfaketime",
+    isThere: () => findProgram("faketime") !== undefined,
+  },
   ip: { package: "iproute2", what: "ip", isThere: () => findProgram("ip") !== undefined },
   iptables: { package: "iptables", what: "iptables", isThere: () => findProgram("iptables") !== undefined },
   namespaces: {
