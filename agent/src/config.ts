@@ -94,6 +94,13 @@ const settings = {
     help: "A Docker config.json with the credentials for pulls.",
     parse: folder,
   },
+  "pull-silence-ms": {
+    value: "MS",
+    variable: "CLODEI_PULL_SILENCE_MS",
+    fallback: "300000",
+    help: "A pull in which nothing comes for so long is given up.",
+    parse: wholeNumber(1000, 3_600_000),
+  },
   "dns-servers": {
     value: "LIST",
     variable: "CLODEI_DNS_SERVERS",
@@ -148,6 +155,7 @@ const commands = {
       "rocm-smi",
       "image-allowlist",
       "registry-auth-file",
+      "pull-silence-ms",
       "dns-servers",
       "network-pool",
       "min-free-mib",
@@ -198,6 +206,7 @@ export interface DoctorConfig extends InventoryConfig {
 export interface RunConfig extends DoctorConfig {
   readonly imageAllowlist: readonly string[];
   readonly registryAuthFile: string | undefined;
+  readonly pullSilenceMs: number;
   readonly dnsServers: readonly string[] | undefined;
   readonly networkPool: string;
   readonly usageIntervalMs: number;
@@ -240,6 +249,7 @@ export function readCommand(args: readonly string[], environment: Environment = 
         ...doctorConfig(reader, environment),
         imageAllowlist: reader.required("image-allowlist") ?? [],
         registryAuthFile: reader.optional("registry-auth-file"),
+        pullSilenceMs: reader.required("pull-silence-ms") ?? 0,
         dnsServers: reader.optional("dns-servers"),
         networkPool: reader.required("network-pool") ?? "",
         usageIntervalMs: reader.required("usage-interval-ms") ?? 0,

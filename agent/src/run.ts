@@ -151,6 +151,7 @@ function openEngine(config: RunConfig, identity: Identity, paths: StatePaths, in
     workspaceFolder: paths.workspaces,
     simulatedGpus: new Set(simulated.map(({ uuid }) => uuid)),
     registryAuth: config.registryAuthFile === undefined ? undefined : new RegistryAuth(config.registryAuthFile),
+    pullSilenceMs: config.pullSilenceMs,
     dnsServers: config.dnsServers ?? nodeResolvers(),
     networkPool: config.networkPool,
   });

@@ -1,12 +1,14 @@
 // Debian's docker-registry inside a test engine's network namespace: real pulls, and no packet that leaves it.
 import { type ChildProcess, execFile, spawn } from "node:child_process";
-import { randomInt } from "node:crypto";
+import { randomBytes, randomInt } from "node:crypto";
 import { once } from "node:events";
 import { mkdir, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { callEngine } from "../../tools/engine/api.ts";
+import { importBusybox } from "../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
+import { writeTar } from "../../tools/engine/tar.ts";
 
 const startTimeoutMs = 20_000;
 
@@ -67,6 +69,26 @@ export class TestRegistry implements AsyncDisposable {
     await callEngine(socketPath, { method: "DELETE", path: `/images/${repository}:${tag}` });
     await callEngine(socketPath, { method: "DELETE", path: `/images/${image}` });
     return `${repository}:${tag}`;
+  }
+
+  /**
+   * Makes an image of busybox with further layers of so many random bytes, which compress to nothing less, and pushes it.
+   * The engine has nothing of it afterwards. Returns the reference under which it can be pulled.
+   */
+  async pushLayers(name: string, layerBytes: readonly number[], tag = "latest"): Promise<string> {
+    const { socketPath } = this.#engine;
+    // Several may be made at once.
+    const base = `local/base/${name}:${tag}`;
+    const made = `local/made/${name}:${tag}`;
+    await importBusybox(socketPath, base);
+    const files = layerBytes.map((bytes, index) => ({ path: `layer${index}`, data: randomBytes(bytes) }));
+    const steps = [`FROM ${base}`, ...files.map(({ path }) => `COPY ${path} /${path}`)];
+    const context = [{ path: "Dockerfile", data: Buffer.from(steps.join("\n")) }, ...files];
+    const body = writeTar(context.map((file) => ({ ...file, kind: "file" as const })));
+    await callEngine(socketPath, { method: "POST", path: "/build", query: { t: made }, body });
+    const reference = await this.push(made, name, tag);
+    await callEngine(socketPath, { method: "DELETE", path: `/images/${base}` });
+    return reference;
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

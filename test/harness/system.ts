@@ -4,7 +4,7 @@ import { mkdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type ClientOptions, type ClodeiClient, createClient, type EnrollmentTokenSpec } from "@clodei/sdk";
 import { importBusybox } from "../../tools/engine/busybox.ts";
-import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
+import type { PrivateEngine, PrivateEngineOptions } from "../../tools/engine/private-engine.ts";
 import { TestDatabaseServer } from "./database.ts";
 import { startTestEngine } from "./engine.ts";
 import { Program, runProgram } from "./process.ts";
@@ -41,6 +41,7 @@ export interface AgentOptions {
 }
 
 export interface SystemOptions {
+  readonly engine?: Pick<PrivateEngineOptions, "daemonArguments">;
   readonly agents?: readonly AgentOptions[];
   readonly controlPlaneEnv?: Readonly<Record<string, string>>;
   /** How many control planes serve one database of the test's. Default: one, with its embedded database. */
@@ -205,7 +206,7 @@ export class TestSystem implements AsyncDisposable {
   static async start(options: SystemOptions = {}): Promise<TestSystem> {
     const closing = new AsyncDisposableStack();
     try {
-      const engine = closing.use(await startTestEngine());
+      const engine = closing.use(await startTestEngine(options.engine));
       // In the engine's folder, which goes with it, also when this process is killed.
       const folder = join(engine.folder, "system");
       await mkdir(folder, { mode: 0o755 });

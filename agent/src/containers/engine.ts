@@ -20,7 +20,7 @@ import { Images, type LocalImage } from "./images.ts";
 import { ContainerNetworks } from "./networks.ts";
 import { NodeContainers, unless } from "./node-containers.ts";
 import { hasRun, type ObservedContainer, observedContainer } from "./observed.ts";
-import type { PullBytes } from "./pull.ts";
+import type { PullBytes } from "./pull-progress.ts";
 import { ReadBack, type StartedContainer } from "./read-back.ts";
 import type { RegistryAuth } from "./registry-auth.ts";
 import { clearStart, shimsOfNode, type StartTrace, traceOfStart } from "./start-trace.ts";
@@ -45,6 +45,8 @@ export interface ContainerEngineOptions {
   readonly workspaceFolder: string;
   readonly simulatedGpus: ReadonlySet<string>;
   readonly registryAuth?: RegistryAuth | undefined;
+  /** A pull that says nothing for so long is given up. */
+  readonly pullSilenceMs?: number;
   /** Resolvers for containers. None: names do not resolve. */
   readonly dnsServers?: readonly string[];
   readonly networkPool?: string;
@@ -84,7 +86,7 @@ export class ContainerEngine {
       openFilesLimit: Math.min(options.openFilesLimit ?? defaultOpenFilesLimit, ownOpenFilesLimit()),
     };
     this.#containers = new NodeContainers(this.#client, options.nodeId);
-    this.#images = new Images(this.#client, options.registryAuth);
+    this.#images = new Images(this.#client, options.registryAuth, options.pullSilenceMs);
     this.#networks = new ContainerNetworks(this.#client, options.nodeId, options.networkPool ?? defaultNetworkPool);
     this.#workspaces = new Workspaces(options.workspaceFolder);
     this.#users = new ImageUsers(this.#containers);
@@ -120,7 +122,7 @@ export class ContainerEngine {
 
   /**
    * Makes the image be on the node.
-   * Throws EngineError: image_not_found, unauthorized, pull_failed.
+   * Throws EngineError: away, or one of the kinds of an image that cannot be had.
    */
   ensureImage(
     image: string,

@@ -4,7 +4,8 @@ import { type ImageReference, parseImageReference } from "@clodei/proto/image-re
 import type { ImageInspectInfo } from "dockerode";
 import { type DockerClient, isMissing } from "./docker-client.ts";
 import { EngineError } from "./engine-error.ts";
-import { type PullBytes, pullImage } from "./pull.ts";
+import { defaultPullSilenceMs, pullImage } from "./pull.ts";
+import type { PullBytes } from "./pull-progress.ts";
 import { type RegistryAuth, RegistryAuthError, type RegistryCredentials } from "./registry-auth.ts";
 
 /** An image that is on the node. */
@@ -21,10 +22,12 @@ export interface LocalImage {
 export class Images {
   readonly #client: DockerClient;
   readonly #auth: RegistryAuth | undefined;
+  readonly #silenceMs: number;
 
-  constructor(client: DockerClient, auth: RegistryAuth | undefined) {
+  constructor(client: DockerClient, auth: RegistryAuth | undefined, silenceMs = defaultPullSilenceMs) {
     this.#client = client;
     this.#auth = auth;
+    this.#silenceMs = silenceMs;
   }
 
   async ensure(
@@ -43,7 +46,13 @@ export class Images {
       }
     }
     const credentials = await this.#credentials(reference.registry);
-    const digest = await pullImage(this.#client, reference, credentials, onProgress, signal);
+    const digest = await pullImage(this.#client, {
+      reference,
+      credentials,
+      silenceMs: this.#silenceMs,
+      onProgress,
+      signal,
+    });
     const pulled = await this.#find(reference, signal);
     if (pulled === undefined) throw new EngineError("pull_failed", `${image} was pulled and is not there`);
     return localImage(pulled, reference, digest);

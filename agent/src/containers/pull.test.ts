@@ -12,7 +12,7 @@ import { importBusybox } from "../../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../../tools/engine/private-engine.ts";
 import { EngineError, type EngineErrorKind } from "./engine-error.ts";
 import { ContainerEngine } from "./engine.ts";
-import type { PullBytes } from "./pull.ts";
+import type { PullBytes } from "./pull-progress.ts";
 import { RegistryAuth } from "./registry-auth.ts";
 
 const signal = new AbortController().signal;
@@ -165,7 +165,7 @@ describe("pulls from a real registry", { skip: registryUnavailable }, () => {
     for (const host of ["127.0.0.1:5999", "registry.invalid"]) {
       // In our words: Docker's name this node's addresses and resolver.
       assert.deepEqual(await failure(`${host}/team/open:latest`), {
-        kind: "pull_failed",
+        kind: "unreachable",
         message: `team/open:latest could not be pulled from ${host}: the node cannot reach the registry`,
       });
     }
@@ -181,7 +181,7 @@ describe("pulls from a real registry", { skip: registryUnavailable }, () => {
     const pulling = containers.ensureImage(
       image,
       PullPolicy.ALWAYS,
-      () => stop.abort(new Error("enough")),
+      ({ bytesDone }) => bytesDone > 0 && stop.abort(new Error("enough")),
       stop.signal,
     );
     await assert.rejects(pulling, /enough/);
@@ -191,7 +191,10 @@ describe("pulls from a real registry", { skip: registryUnavailable }, () => {
     const image = await push(open, "team/dying");
     const containers = await make();
     let killed: Promise<void> | undefined;
-    const pulling = containers.ensureImage(image, PullPolicy.ALWAYS, () => (killed ??= engine.kill()), signal);
+    const kill = ({ bytesDone }: PullBytes): void => {
+      if (bytesDone > 0) killed ??= engine.kill();
+    };
+    const pulling = containers.ensureImage(image, PullPolicy.ALWAYS, kill, signal);
     await assert.rejects(pulling, (error: unknown) => error instanceof EngineError && error.kind === "away");
     await killed;
     await engine.startDaemon();

@@ -319,6 +319,10 @@ function isFinal(error: EngineError): boolean {
       return false;
     case "image_not_found":
     case "unauthorized":
+    case "unreachable":
+    case "interrupted":
+    case "stalled":
+    case "damaged":
     case "pull_failed":
     case "start_failed":
     case "start_unknown":

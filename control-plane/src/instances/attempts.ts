@@ -41,11 +41,16 @@ function isMendable(reason: FailedReason): boolean {
     case "EXITED_NONZERO":
     case "NODE_LOST":
     case "NODE_ERROR":
+    case "PULL_INTERRUPTED":
+    case "PULL_STALLED":
+    case "IMAGE_DAMAGED":
+    case "REGISTRY_UNREACHABLE":
       return true;
     case "PLACEMENT_TIMED_OUT":
     case "IMAGE_NOT_ALLOWED":
     case "IMAGE_NOT_FOUND":
     case "POLICY_VIOLATION":
+    case "PULL_UNAUTHORIZED":
       return false;
   }
 }

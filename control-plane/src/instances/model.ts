@@ -18,10 +18,18 @@ export type FailedReason =
   | "EXITED_NONZERO"
   | "NODE_LOST"
   | "POLICY_VIOLATION"
-  | "NODE_ERROR";
+  | "NODE_ERROR"
+  | "PULL_UNAUTHORIZED"
+  | "PULL_INTERRUPTED"
+  | "PULL_STALLED"
+  | "IMAGE_DAMAGED"
+  | "REGISTRY_UNREACHABLE";
+
+/** What an event tells beside the state. */
+export type NewsReason = "GPU_UNHEALTHY" | "GPU_RECOVERED";
 
 /** Every reason, with the one that says nothing. */
-export type Reason = "" | "WAITING_FOR_CAPACITY" | "RESTART_BACKOFF" | StoppedReason | FailedReason;
+export type Reason = "" | "WAITING_FOR_CAPACITY" | "RESTART_BACKOFF" | StoppedReason | FailedReason | NewsReason;
 
 /** The state, and what belongs to it alone. */
 export type Status =

@@ -226,6 +226,11 @@ const failedReasons: readonly FailedReason[] = [
   "NODE_LOST",
   "POLICY_VIOLATION",
   "NODE_ERROR",
+  "PULL_UNAUTHORIZED",
+  "PULL_INTERRUPTED",
+  "PULL_STALLED",
+  "IMAGE_DAMAGED",
+  "REGISTRY_UNREACHABLE",
 ];
 
 function must<T>(value: T | null | undefined, id: string): T {

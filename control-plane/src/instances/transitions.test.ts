@@ -329,6 +329,8 @@ const reasons: readonly Reason[] = [
   "OUT_OF_MEMORY",
   "IMAGE_NOT_FOUND",
   "PULL_FAILED",
+  "PULL_UNAUTHORIZED",
+  "IMAGE_DAMAGED",
 ];
 const arbitraryReport: fc.Arbitrary<Step> = fc
   .record({

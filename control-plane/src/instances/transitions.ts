@@ -229,6 +229,11 @@ function judgeEnd(instance: Instance, { reason, message, exitCode }: End): Insta
     case "NODE_LOST":
     case "POLICY_VIOLATION":
     case "NODE_ERROR":
+    case "PULL_UNAUTHORIZED":
+    case "PULL_INTERRUPTED":
+    case "PULL_STALLED":
+    case "IMAGE_DAMAGED":
+    case "REGISTRY_UNREACHABLE":
       return {
         state: "FAILED",
         reason,
@@ -238,7 +243,9 @@ function judgeEnd(instance: Instance, { reason, message, exitCode }: End): Insta
     case "":
     case "WAITING_FOR_CAPACITY":
     case "RESTART_BACKOFF":
-    case "PLACEMENT_TIMED_OUT": {
+    case "PLACEMENT_TIMED_OUT":
+    case "GPU_UNHEALTHY":
+    case "GPU_RECOVERED": {
       if (exitCode === 0) return { state: "STOPPED", reason: "COMPLETED", message };
       const failed = exitCode === undefined ? "NODE_ERROR" : "EXITED_NONZERO";
       return { state: "FAILED", reason: failed, message: describeFailure(instance, failed, exitCode) };

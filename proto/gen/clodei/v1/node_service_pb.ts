@@ -314,7 +314,7 @@ export type Node = Message<"clodei.v1.Node"> & {
   state: NodeState;
 
   /**
-   * Why, for a person.
+   * What an operator is to know of it, for a person: why it is in this state, and which of its GPUs another node reports as well.
    *
    * @generated from field: string message = 5;
    */
