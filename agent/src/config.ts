@@ -67,6 +67,12 @@ const settings = {
     help: 'GPUs to simulate instead of reading real ones, for example "8xH100-SXM,4xL40S". Marked as simulated everywhere.',
     parse: parseSimulatedGpus,
   },
+  "simulated-gpu-health": {
+    value: "FILE",
+    variable: "CLODEI_SIMULATED_GPU_HEALTH",
+    help: 'A JSON file that makes simulated GPUs ill by their index, for example {"1": "GPU is lost"}. Read again with each inventory.',
+    parse: folder,
+  },
   "nvidia-smi": {
     value: "PATH",
     variable: "CLODEI_NVIDIA_SMI",
@@ -80,6 +86,13 @@ const settings = {
     fallback: "rocm-smi",
     help: "The tool that tells what AMD GPUs there are. They are shown, and not placed on.",
     parse: text,
+  },
+  "inventory-interval-ms": {
+    value: "MS",
+    variable: "CLODEI_INVENTORY_INTERVAL_MS",
+    fallback: "10000",
+    help: "How often the tools are asked. What changed is told at once.",
+    parse: wholeNumber(100, 600_000),
   },
   "image-allowlist": {
     value: "LIST",
@@ -151,8 +164,10 @@ const commands = {
       "state",
       "docker-socket",
       "simulate-gpus",
+      "simulated-gpu-health",
       "nvidia-smi",
       "rocm-smi",
+      "inventory-interval-ms",
       "image-allowlist",
       "registry-auth-file",
       "pull-silence-ms",
@@ -207,6 +222,8 @@ export interface RunConfig extends DoctorConfig {
   readonly imageAllowlist: readonly string[];
   readonly registryAuthFile: string | undefined;
   readonly pullSilenceMs: number;
+  readonly simulatedGpuHealth: string | undefined;
+  readonly inventoryIntervalMs: number;
   readonly dnsServers: readonly string[] | undefined;
   readonly networkPool: string;
   readonly usageIntervalMs: number;
@@ -249,6 +266,8 @@ export function readCommand(args: readonly string[], environment: Environment = 
         ...doctorConfig(reader, environment),
         imageAllowlist: reader.required("image-allowlist") ?? [],
         registryAuthFile: reader.optional("registry-auth-file"),
+        simulatedGpuHealth: reader.optional("simulated-gpu-health"),
+        inventoryIntervalMs: reader.required("inventory-interval-ms") ?? 0,
         pullSilenceMs: reader.required("pull-silence-ms") ?? 0,
         dnsServers: reader.optional("dns-servers"),
         networkPool: reader.required("network-pool") ?? "",

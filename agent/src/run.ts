@@ -4,6 +4,7 @@ import { unlink } from "node:fs/promises";
 import { getServers } from "node:dns";
 import { isIPv4 } from "node:net";
 import { join } from "node:path";
+import type { GpuModel } from "@clodei/proto/gpu-models";
 import type { Logger } from "pino";
 import type { InventoryConfig, RunConfig } from "./config.ts";
 import { ContainerEngine } from "./containers/engine.ts";
@@ -17,6 +18,8 @@ import type { StatePaths } from "./identity/state-folder.ts";
 import { readGpus, simulateGpus } from "./inventory/gpu.ts";
 import { readHost } from "./inventory/host.ts";
 import { Inventory } from "./inventory/inventory.ts";
+import type { GpuReadings } from "./inventory/readings.ts";
+import { readSimulatedHealth } from "./inventory/simulated-health.ts";
 import type { Standing } from "./journal/journal.ts";
 import { Link } from "./link/link.ts";
 import type { LinkEnd } from "./link/link.ts";
@@ -31,21 +34,36 @@ const revokedStopMs = 180_000;
 
 /** Reads the inventory once and makes it ready to be kept current. */
 export async function openInventory(options: {
-  readonly config: InventoryConfig;
+  readonly config: InventoryConfig & Partial<Pick<RunConfig, "simulatedGpuHealth" | "inventoryIntervalMs">>;
   readonly nodeName: string;
   readonly workspaceFolder: string;
   readonly dockerVersion: () => string;
 }): Promise<Inventory> {
-  const { simulatedGpus, nvidiaSmi, rocmSmi, searchPath } = options.config;
+  const { simulatedGpus, nvidiaSmi, rocmSmi, searchPath, inventoryIntervalMs: intervalMs } = options.config;
   return await Inventory.open({
     host: await readHost(),
     readGpus: async (signal) =>
       simulatedGpus === undefined
         ? await readGpus({ nvidiaSmi, rocmSmi, searchPath, ...(signal === undefined ? {} : { signal }) })
-        : simulateGpus(simulatedGpus, options.nodeName),
+        : await readSimulatedGpus(simulatedGpus, options.nodeName, options.config.simulatedGpuHealth),
     workspaceFolder: options.workspaceFolder,
     dockerVersion: options.dockerVersion,
+    ...(intervalMs === undefined ? {} : { intervalMs }),
   });
+}
+
+async function readSimulatedGpus(
+  models: readonly GpuModel[],
+  nodeName: string,
+  healthFile: string | undefined,
+): Promise<GpuReadings> {
+  if (healthFile === undefined) return simulateGpus(models, nodeName);
+  try {
+    return simulateGpus(models, nodeName, await readSimulatedHealth(healthFile));
+  } catch (error) {
+    // As a tool that fails: the GPUs stay, and are not placed on.
+    return { gpus: [], error: messageOf(error) };
+  }
 }
 
 /** Runs until the signal, or until the control plane ends it for good. Containers that run go on. */

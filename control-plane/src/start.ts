@@ -163,7 +163,7 @@ type Domain = {
 
 function createDomain(config: Config, base: Base): Domain {
   const { database, wakeups, clock, log, authority, metrics } = base;
-  const { leaseMs, pollIntervalMs, imageAllowlist } = config;
+  const { leaseMs, pollIntervalMs, imageAllowlist, allowedCountries } = config;
   let nodeEndpoint = config.nodeEndpoint;
   const identity = new IdentityService({ issuers: config.jwtIssuers, clock, log });
   const organizations = new OrganizationsService({ database, identity, clock });
@@ -172,14 +172,14 @@ function createDomain(config: Config, base: Base): Domain {
     authority,
     clock,
     hints: wakeups,
-    allowedCountries: config.allowedCountries,
+    allowedCountries,
     certificateLifetimeMs: config.nodeCertificateLifetimeMs,
     nodeEndpoint: () => nodeEndpoint,
   });
   const nodes = new NodesService({ enrollment, clock, wakeups, log, registry: metrics.registry, leaseMs });
   const placement = new PlacementService(nodes);
   const catalog = new CatalogService({ database, placement, imageAllowlist, maxAgeMs: pollIntervalMs });
-  const instances = new InstancesService({ nodes, placement, wakeups, clock, imageAllowlist });
+  const instances = new InstancesService({ nodes, placement, wakeups, clock, imageAllowlist, allowedCountries });
   const drain = base.draining.signal;
   const watches = new Watches({ database, instances, wakeups, clock, drain, pollIntervalMs });
   return {

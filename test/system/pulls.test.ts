@@ -11,6 +11,7 @@ import { startRegistry, type TestRegistry } from "../harness/registry.ts";
 import { TestSystem } from "../harness/system.ts";
 
 const lisbon = { country: "PT", region: "lisbon", datacenter: "tejo-1", tier: 3 } as const;
+const paris = { country: "FR", region: "paris", datacenter: "seine-2", tier: 3 } as const;
 const credentials = { username: "node", password: "colon:and space" };
 const smallBytes = 1_500_000;
 const largeBytes = 5_000_000;
@@ -37,7 +38,8 @@ describe("images from a registry", { skip: registryUnavailable, timeout: 300_000
     const authFile = join(system.folder, "config.json");
     const auth = Buffer.from(`${credentials.username}:${credentials.password}`).toString("base64");
     await writeFile(authFile, JSON.stringify({ auths: { [closed.host]: { auth } } }));
-    await system.addAgent({ name: "mad-1", env: { ...env, CLODEI_PULL_SILENCE_MS: "6000" } });
+    await system.addAgent({ name: "mad-1", env });
+    await system.addAgent({ name: "par-1", location: paris, env: { ...env, CLODEI_PULL_SILENCE_MS: "4000" } });
     await system.addAgent({ name: "lis-1", location: lisbon, env: { ...env, CLODEI_REGISTRY_AUTH_FILE: authFile } });
   });
   after(async () => {
@@ -127,7 +129,7 @@ describe("images from a registry", { skip: registryUnavailable, timeout: 300_000
       [`${away}/team/any`, "REGISTRY_UNREACHABLE"],
     ] as const;
     const ends = failures.map(async ([image, reason]) => {
-      const instance = await run(image);
+      const instance = await run(image, reason === "PULL_STALLED" ? "FR" : "ES");
       await assert.rejects(instance.waitUntilRunning({ timeoutMs: patienceMs }), (error) => {
         assert.ok(error instanceof InstanceEndedError, String(error));
         assert.equal(error.instanceReason, reason, error.message);

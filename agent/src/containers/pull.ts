@@ -74,8 +74,9 @@ function describeImage({ repository, tag, digest }: ImageReference): string {
 function pullError(error: unknown, reference: ImageReference): unknown {
   const cause = error instanceof EngineError ? error.cause : error;
   const refusal = refusalOf(error);
-  const text = cause instanceof PullRefusal ? cause.message : refusal?.message;
-  if (text === undefined) return error;
+  const words = cause instanceof PullRefusal ? cause.message : refusal?.message;
+  if (words === undefined) return error;
+  const text = words.replaceAll(/sha256:[0-9a-f]+/g, "a digest");
   const image = describeImage(reference);
   const { registry } = reference;
   if (refusal?.status === 404 || /manifest unknown|name unknown|repository does not exist|not found: /i.test(text)) {
@@ -85,22 +86,22 @@ function pullError(error: unknown, reference: ImageReference): unknown {
     const message = `${registry} does not give ${image} to this node: it may not exist, or ask for credentials that the node does not have`;
     return new EngineError("unauthorized", message, { cause: error });
   }
-  const [, kind, why] = pullFailures.find(([words]) => words.test(text)) ?? otherFailure;
+  const [, kind, why] = pullFailures.find(([pattern]) => pattern.test(text)) ?? otherFailure;
   return new EngineError(kind, `${image} could not be pulled from ${registry}: ${why}`, { cause: error });
 }
 
-type PullFailure = readonly [words: RegExp, kind: EngineErrorKind, why: string];
+type PullFailure = readonly [pattern: RegExp, kind: EngineErrorKind, why: string];
 
 const otherFailure: PullFailure = [/^/, "pull_failed", "the registry did not give it"];
 
 /** What Docker's words mean, the most exact first. */
 const pullFailures: readonly PullFailure[] = [
-  [/toomanyrequests|too many requests|429/i, "pull_failed", "the registry limits how much is pulled, try again later"],
+  [/toomanyrequests|too many requests/i, "pull_failed", "the registry limits how much is pulled, try again later"],
   [/no space left/i, "pull_failed", "the node's disk is full"],
   [/x509|certificate|tls:/i, "pull_failed", "the node does not trust the registry's certificate"],
   [/unsupported|no matching manifest/i, "pull_failed", "it has no version for this node's processor"],
   [/blob unknown|unknown blob/i, "damaged", "the registry lacks a part of it"],
-  [/verification failed|digest|invalid character|JSON/i, "damaged", "what came is not what its digest says"],
+  [/verification failed|invalid character|JSON/i, "damaged", "what came is not what its digest says"],
   [/dial |lookup |timeout|refused|no route|unreachable/i, "unreachable", "the node cannot reach the registry"],
   [/EOF|reset by peer|broken pipe|closed/i, "interrupted", "the connection to the registry broke again and again"],
 ];

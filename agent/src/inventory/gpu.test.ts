@@ -13,6 +13,7 @@ import { readGpus, simulateGpus } from "./gpu.ts";
 import { readHost } from "./host.ts";
 import { Inventory } from "./inventory.ts";
 import { parseNvidiaSmi } from "./nvidia-smi.ts";
+import { readSimulatedHealth } from "./simulated-health.ts";
 
 interface Fields {
   readonly uuid?: string;
@@ -309,6 +310,31 @@ describe("simulated GPUs", () => {
   });
 });
 
+describe("a file about the health of simulated GPUs", () => {
+  it("makes those ill that it names, says that it is simulated, and is told where it cannot be read", async () => {
+    const folder = await mkdtemp(join(tmpdir(), "clodei-health-"));
+    try {
+      const path = join(folder, "health.json");
+      assert.equal((await readSimulatedHealth(path)).size, 0);
+      await writeFile(path, '{"1": "GPU is lost"}');
+      const { gpus } = simulateGpus(parseSimulatedGpus("2xH100-SXM"), "a", await readSimulatedHealth(path));
+      assert.deepEqual(
+        gpus.map(({ health, healthMessage }) => [health, healthMessage]),
+        [
+          [GpuHealth.HEALTHY, ""],
+          [GpuHealth.UNHEALTHY, "simulated: GPU is lost"],
+        ],
+      );
+      for (const text of ["", "[]", "1"]) {
+        await writeFile(path, text);
+        await assert.rejects(readSimulatedHealth(path), /simulated: .*health\.json/);
+      }
+    } finally {
+      await rm(folder, { recursive: true });
+    }
+  });
+});
+
 describe("the inventory", () => {
   it("fits the contract, and tells of a change once", async () => {
     let readings = simulateGpus(parseSimulatedGpus("1xH100-SXM"), "a");
@@ -340,5 +366,33 @@ describe("the inventory", () => {
       [GpuHealth.UNHEALTHY, "driver mismatch", "driver mismatch"],
     );
     assert.equal(inventory.gpuStatuses()[0]?.health, GpuHealth.UNHEALTHY);
+  });
+
+  it("keeps a device of which the tool no longer tells, ill, beside its siblings, until the tool tells of it again", async () => {
+    const all = simulateGpus(parseSimulatedGpus("3xH100-SXM"), "a");
+    const [first, second, third] = all.gpus;
+    assert.ok(first && second && third);
+    let readings = all;
+    const inventory = await Inventory.open({
+      readGpus: async () => readings,
+      host: await readHost(),
+      workspaceFolder: "/",
+      dockerVersion: () => "20.10",
+    });
+    const ill = () =>
+      inventory
+        .current()
+        .gpus.filter(({ health }) => health !== GpuHealth.HEALTHY)
+        .map(({ uuid, healthMessage }) => [uuid, healthMessage]);
+    // The driver counts those that are left anew.
+    readings = { gpus: [first, { ...third, index: 1 }], error: "" };
+    await inventory.refresh();
+    assert.deepEqual(ill(), [[second.uuid, "the driver's tool no longer tells of it"]]);
+    readings = { gpus: [first, third], error: "nvidia-smi: GPU is lost" };
+    await inventory.refresh();
+    assert.deepEqual(ill(), [[second.uuid, "nvidia-smi: GPU is lost"]]);
+    readings = all;
+    await inventory.refresh();
+    assert.deepEqual(ill(), []);
   });
 });

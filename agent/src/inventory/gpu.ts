@@ -92,8 +92,16 @@ async function numaNodeOf(pciAddress: string): Promise<number | undefined> {
   return /^[0-9]{1,4}\n?$/.test(text) ? Number(text) : undefined;
 }
 
-/** GPUs that do not exist. The name of each says so, and derives from the node, so that two nodes never share one. */
-export function simulateGpus(models: readonly GpuModel[], nodeName: string): GpuReadings {
+/**
+ * GPUs that do not exist. The name of each says so, and derives from the node, so that two nodes never share one.
+ *
+ * @param troubles What is wrong with them, by index.
+ */
+export function simulateGpus(
+  models: readonly GpuModel[],
+  nodeName: string,
+  troubles: ReadonlyMap<number, string> = new Map(),
+): GpuReadings {
   const gpus = models.map((details, index) =>
     create(GpuSchema, {
       uuid: simulatedGpuUuid(nodeName, index),
@@ -101,7 +109,8 @@ export function simulateGpus(models: readonly GpuModel[], nodeName: string): Gpu
       model: details.model,
       memoryMib: details.memoryMib,
       migMode: MigMode.DISABLED,
-      health: GpuHealth.HEALTHY,
+      health: troubles.has(index) ? GpuHealth.UNHEALTHY : GpuHealth.HEALTHY,
+      healthMessage: troubles.get(index) ?? "",
       simulated: true,
       index,
       telemetry: { utilizationPercent: 0, memoryUsedMib: 0 },

@@ -8,20 +8,22 @@ import { GpuHealth, GpuSchema, NodeInventorySchema } from "@clodei/proto/gen/clo
 import type { Gpu, Host, NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
 import { sleep } from "../sleep.ts";
 import { freeMib } from "./host.ts";
+import { maxGpus } from "./readings.ts";
 import type { GpuReadings } from "./readings.ts";
 
-/** What changes an inventory is told about: how often GPUs are read. As often as heartbeats carry their health. */
-const refreshIntervalMs = 10_000;
+/** How often GPUs are read, if nothing else is said: as often as heartbeats carry their health. */
+const defaultIntervalMs = 10_000;
 
 /** Free space is told in steps, so that a log line does not make a new inventory. */
 const freeStepMib = 1024;
 
-/** The node's inventory, current to within `refreshIntervalMs`. */
+/** The node's inventory, current to within an interval. */
 export class Inventory {
   readonly #readGpus: (signal?: AbortSignal) => Promise<GpuReadings>;
   readonly #host: Host;
   readonly #workspaceFolder: string;
   readonly #dockerVersion: () => string;
+  readonly #intervalMs: number;
   #readings: GpuReadings;
   #current: NodeInventory;
   readonly #listeners = new Set<() => void>();
@@ -31,6 +33,7 @@ export class Inventory {
     this.#host = options.host;
     this.#workspaceFolder = options.workspaceFolder;
     this.#dockerVersion = options.dockerVersion;
+    this.#intervalMs = options.intervalMs ?? defaultIntervalMs;
     this.#readings = readings;
     this.#current = this.#compose(readings, free);
   }
@@ -68,11 +71,7 @@ export class Inventory {
   /** Reads everything that may change again. */
   async refresh(signal?: AbortSignal): Promise<void> {
     const [readings, free] = await Promise.all([this.#readGpus(signal), freeMib(this.#workspaceFolder)]);
-    // A tool that fails now says nothing about devices seen before: they stay, and the error is told beside them.
-    this.#readings =
-      readings.error !== "" && readings.gpus.length === 0 && this.#readings.gpus.length > 0
-        ? { gpus: this.#readings.gpus.map((gpu) => lost(gpu, readings.error)), error: readings.error }
-        : readings;
+    this.#readings = withLost(readings, this.#readings.gpus);
     const next = this.#compose(this.#readings, free);
     const isSame = equals(NodeInventorySchema, withoutTelemetry(next), withoutTelemetry(this.#current));
     this.#current = next;
@@ -83,7 +82,7 @@ export class Inventory {
   /** Refreshes until the signal. */
   async run(signal: AbortSignal): Promise<void> {
     while (!signal.aborted) {
-      await sleep(refreshIntervalMs, signal);
+      await sleep(this.#intervalMs, signal);
       if (!signal.aborted) await this.refresh(signal).catch(() => undefined);
     }
   }
@@ -105,6 +104,20 @@ export interface InventoryOptions {
   readonly workspaceFolder: string;
   /** The engine's version as last seen; empty while it does not answer. */
   readonly dockerVersion: () => string;
+  /** How often GPUs are read. */
+  readonly intervalMs?: number;
+}
+
+/**
+ * A device that was there and of which the tool no longer tells stays, with the tool's words for it: one that fell off the
+ * bus is to be seen, and a tool that fails says nothing about any. What was taken out of the machine is forgotten by the
+ * agent's next start.
+ */
+function withLost({ gpus, error }: GpuReadings, before: readonly Gpu[]): GpuReadings {
+  const present = new Set(gpus.map(({ uuid }) => uuid));
+  const why = error === "" ? "the driver's tool no longer tells of it" : error;
+  const missing = before.filter(({ uuid }) => !present.has(uuid)).map((gpu) => lost(gpu, why));
+  return { gpus: [...gpus, ...missing].slice(0, maxGpus), error };
 }
 
 function lost(gpu: Gpu, error: string): Gpu {

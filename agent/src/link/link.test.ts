@@ -47,6 +47,9 @@ interface Scene {
   readonly session: () => Promise<Peer>;
   readonly ended: Promise<LinkEnd>;
   readonly stop: () => void;
+  readonly inventory: Inventory;
+  /** What is wrong with the node's GPUs, by index. */
+  readonly troubles: Map<number, string>;
 }
 
 async function withLink(
@@ -98,9 +101,10 @@ async function withLink(
     workspaceFolder: state.paths.workspaces,
     simulatedGpus: new Set(),
   });
+  const troubles = new Map<number, string>();
   const model = { model: "H100-SXM", productName: "NVIDIA H100 80GB HBM3", memoryMib: 81559 };
   const inventory = await Inventory.open({
-    readGpus: async () => simulateGpus([model], identity.nodeId),
+    readGpus: async () => simulateGpus([model], identity.nodeId, troubles),
     host: await readHost(),
     workspaceFolder: folder,
     dockerVersion: () => "",
@@ -149,6 +153,8 @@ async function withLink(
       session: () => peers.next(),
       ended,
       stop: () => controller.abort(),
+      inventory,
+      troubles,
     });
   } finally {
     controller.abort();
@@ -196,6 +202,22 @@ describe("the link", { timeout: 60_000 }, () => {
       assert.match((await peer.hear("heartbeat")).acceptingWorkMessage, /cannot be looked at/);
       stop.abort();
       await running;
+    });
+  });
+
+  it("tells of a changed inventory at once, also of one that changed before Welcome, each time with a heartbeat behind it", async () => {
+    await withLink(async ({ session, inventory, troubles }) => {
+      const peer = await session();
+      assert.equal((await peer.hear("hello")).inventory?.gpus[0]?.healthMessage, "");
+      troubles.set(0, "GPU is lost");
+      await inventory.refresh();
+      peer.welcome(0n, 60_000);
+      assert.equal((await peer.hear("inventory")).gpus[0]?.healthMessage, "GPU is lost");
+      assert.equal((await peer.hear("heartbeat")).gpus[0]?.healthMessage, "GPU is lost");
+      troubles.clear();
+      await inventory.refresh();
+      assert.equal((await peer.hear("inventory")).gpus[0]?.healthMessage, "");
+      assert.equal((await peer.hear("heartbeat")).gpus[0]?.healthMessage, "");
     });
   });
 

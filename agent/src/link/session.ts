@@ -77,6 +77,8 @@ export class Session {
   #goodbye: SessionEnd | undefined;
   #failure: unknown;
   #welcomed = false;
+  /** Hello told of an inventory that has changed since. */
+  #inventoryChanged = false;
   #heardMs = performance.now();
   #leaseMs = welcomeTimeoutMs;
   #heartbeatMs = 10_000;
@@ -150,8 +152,12 @@ export class Session {
     });
   }
 
+  /** With a heartbeat behind it: one that was on its way holds the health of before, and may be taken in later. */
   #sayInventory(): void {
-    if (this.#welcomed) this.#outbox.push({ case: "inventory", value: this.#options.inventory.current() });
+    this.#inventoryChanged = !this.#welcomed;
+    if (!this.#welcomed) return;
+    this.#outbox.push({ case: "inventory", value: this.#options.inventory.current() });
+    this.#sayHeartbeat();
   }
 
   #sayHeartbeat(): void {
@@ -258,7 +264,8 @@ export class Session {
     });
     this.#reports = new Reports(journal, this.#outbox);
     this.#outbox.onRoom = () => this.#reports?.send();
-    this.#sayHeartbeat();
+    if (this.#inventoryChanged) this.#sayInventory();
+    else this.#sayHeartbeat();
     this.#reports.send();
     this.#beat().catch((error: unknown) => this.#end(error));
     this.#options.onWelcome(welcome.sessionId);

@@ -33,6 +33,7 @@ function gpus(count: number, allocated: number, fields: Partial<FleetGpu> = {}):
     simulated: false,
     index,
     usable: true,
+    unhealthy: false,
     allocated: index < allocated,
     ...fields,
   }));

@@ -80,6 +80,8 @@ const keepaliveTimeoutMs = 10_000;
 /** Agents come back to other processes spread over this time. */
 const reconnectWithinMs = 5_000;
 const leaseCheckMs = 1_000;
+/** A GPU that two nodes report is for an operator to look at, and offered once whatever is said. */
+const sharedGpusCheckMs = 5_000;
 
 /** Starts the node listener. */
 export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeListener> {
@@ -123,6 +125,14 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
       while ((await deps.database.system((tx) => deps.nodes.expireLeases(tx))).length > 0);
     },
   });
+  const sharedGpus = startReconciler({
+    name: "shared-gpus",
+    topics: ["placement"],
+    intervalMs: sharedGpusCheckMs,
+    wakeups: deps.wakeups,
+    log,
+    run: () => deps.database.system((tx) => deps.nodes.noteSharedGpus(tx)),
+  });
   const certificates = keepCertificateFresh({ listener: "node", first, obtain, use, log });
   const endpoint = `${bracketed(config.publicNames[0] ?? config.host)}:${port}`;
   log.info({ endpoint }, "the node listener serves");
@@ -140,6 +150,7 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
     await stopped;
     clearTimeout(cut);
     await leases[Symbol.asyncDispose]();
+    await sharedGpus[Symbol.asyncDispose]();
     await parts.keeper[Symbol.asyncDispose]();
     await parts.heartbeats[Symbol.asyncDispose]();
     server.forceShutdown();

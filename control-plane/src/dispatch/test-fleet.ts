@@ -90,7 +90,14 @@ export class TestFleet implements AsyncDisposable {
     const leaseMs = config.leaseMs ?? 3_000;
     const nodes = new NodesService({ enrollment: this.#enrollment, clock, wakeups, log, registry, leaseMs });
     const placement = new PlacementService(nodes);
-    const instances = new InstancesService({ nodes, placement, wakeups, clock, imageAllowlist: ["library/"] });
+    const instances = new InstancesService({
+      nodes,
+      placement,
+      wakeups,
+      clock,
+      imageAllowlist: ["library/"],
+      allowedCountries: ["ES"],
+    });
     this.#resources.use(startScheduler({ database, nodes, placement, wakeups, clock, log, pollIntervalMs: 500 }));
     const listener = await startNodeListener({
       database,

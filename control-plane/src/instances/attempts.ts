@@ -74,6 +74,11 @@ export function restartByPolicy(instance: Instance, now: Date): Instance {
   };
 }
 
+/** The next attempt by policy where its GPUs are not to be used again: in the queue for others of its node. */
+export function requeueByPolicy(instance: Instance, now: Date): Instance {
+  return { ...queueNextAttempt(instance, now), restartCount: instance.restartCount + 1 };
+}
+
 /** The next attempt, in the queue for capacity. */
 export function queueNextAttempt(instance: Instance, now: Date): Instance {
   const timeoutMs = placementTimeoutMs(instance);

@@ -211,6 +211,14 @@ describe("CreateInstance", () => {
     }
   });
 
+  it("refuses a place where no node may ever stand, naming the field and what is allowed", async () => {
+    const spec = { image, location: { country: "US" } };
+    const failure = await failureOf(fixture.client(createCustomer()).createInstance({ spec }));
+    assert.equal(failure.reason, "LOCATION_NOT_ALLOWED");
+    assert.deepEqual(failure.fields, ["spec.location.country"]);
+    assert.match(failure.text, /no node may stand in US; allowed are ES, FR/);
+  });
+
   it("refuses variables that grant GPUs, and what the schema does not allow", async () => {
     const client = fixture.client(createCustomer());
     const env = { NVIDIA_VISIBLE_DEVICES: "all" };

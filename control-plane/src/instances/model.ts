@@ -70,7 +70,10 @@ export type Place = {
 };
 
 /** A GPU that is an instance's. */
-export type InstanceGpu = Pick<FleetGpu, "uuid" | "model" | "memoryMib" | "simulated">;
+export type InstanceGpu = Pick<FleetGpu, "uuid" | "model" | "memoryMib" | "simulated"> & {
+  /** Why it is not healthy, as its node last said. Absent: it is. */
+  readonly trouble?: string;
+};
 
 /** What the kernel really applies to a container, as its agent read it back. */
 export type Isolation = {

@@ -3,6 +3,7 @@ import { after, before, beforeEach, describe, it } from "node:test";
 import { AttemptPhase, DesiredState } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { Availability } from "@clodei/proto/gen/clodei/v1/catalog_service";
 import { InstanceReason, InstanceState, RestartPolicy, type InstanceSpec } from "@clodei/proto/gen/clodei/v1/instance";
+import { GpuHealth } from "@clodei/proto/gen/clodei/v1/inventory";
 import { newId, type NodeId } from "@clodei/proto/ids";
 import pg from "pg";
 import { startScheduler } from "./scheduler.ts";
@@ -118,7 +119,8 @@ describe("the queue", () => {
   });
 
   it("tells of a wait by one event, however often what would fit changes, and by a message that follows", async () => {
-    const nodeId = await addNode(fixture, { gpus: 1, country: "FR" });
+    const nodeId = await addNode(fixture, { gpus: 2, country: "FR" });
+    await run(nodeId, { gpu: h100(2) });
     const id = await create({ gpu: h100(2), location: { country: "FR" } });
     const begin = fixture.now;
     for (let second = 1; second <= 60; second += 1) {
@@ -135,7 +137,7 @@ describe("the queue", () => {
     assert.ok(waiting.version <= 8n, `the row was written ${waiting.version} times in a minute`);
     fixture.now = new Date(begin.getTime() + 71_000);
     await placeAll();
-    assert.match((await get(id)).message, /no node in FR takes instances now/);
+    assert.match((await get(id)).message, /what would fit in FR takes no new instances now \(1 under maintenance\)/);
     fixture.now = begin;
   });
 
@@ -156,7 +158,7 @@ describe("the queue", () => {
     await administer("update nodes set cordoned = true where id = $1", [spanish]);
     const id = await create({ gpu: h100(1), location: { country: "ES" } });
     await placeAll();
-    assert.match((await get(id)).message, /no node in ES takes instances now/);
+    assert.match((await get(id)).message, /what would fit in ES takes no new instances now \(1 under maintenance\)/);
     await administer("update nodes set cordoned = false where id = $1", [spanish]);
     await placeAll();
     assert.equal((await get(id)).location?.country, "ES");
@@ -282,6 +284,75 @@ describe("a node", () => {
     await administer("update nodes set state = 'ready', connected = true where id = $1", [nodeId]);
     await fixture.scheduler.followNodes(signal);
     assert.equal((await get(id)).nodeReachable, true);
+  });
+
+  it("whose GPU falls ill tells its instance so, and gives the GPU to nobody, until it is well", async () => {
+    const nodeId = await addNode(fixture, { gpus: 2 });
+    const ids = [await run(nodeId, { gpu: h100(1) }), await run(nodeId, { gpu: h100(1) })] as const;
+    const [own] = (await get(ids[0])).gpus;
+    assert.ok(own);
+    const tell = async (healthMessage: string): Promise<void> => {
+      const [node] = await fixture.db.database.system((tx) => fixture.nodes.nodes(tx, [nodeId]));
+      assert.ok(node?.inventory);
+      const health = healthMessage === "" ? GpuHealth.HEALTHY : GpuHealth.UNHEALTHY;
+      const gpus = node.inventory.gpus.map((gpu) => (gpu.uuid === own.uuid ? { ...gpu, health, healthMessage } : gpu));
+      const inventory = { ...node.inventory, gpus };
+      await fixture.db.database.system((tx) => fixture.nodes.recordInventory(tx, nodeId, inventory));
+      await fixture.scheduler.followNodes(signal);
+    };
+    const shown = async () =>
+      Promise.all(
+        ids.map(async (id) => (await get(id)).gpus.map(({ health, healthMessage }) => [health, healthMessage])),
+      );
+    const events = async () =>
+      (await fixture.client(customer).listInstanceEvents({ instanceId: ids[0] })).events.map(({ reason }) => reason);
+    const before = (await events()).length;
+
+    await tell("GPU is lost");
+    assert.deepEqual(await shown(), [[[GpuHealth.UNHEALTHY, "GPU is lost"]], [[GpuHealth.HEALTHY, ""]]]);
+    assert.equal((await get(ids[0])).state, InstanceState.RUNNING);
+    const { version } = await get(ids[0]);
+    await fixture.scheduler.followNodes(signal);
+    assert.equal((await get(ids[0])).version, version, "what is known is not told again");
+    await tell("GPU requires reset");
+    assert.deepEqual((await events()).slice(before), [InstanceReason.GPU_UNHEALTHY]);
+    assert.equal((await get(ids[0])).gpus[0]?.healthMessage, "GPU requires reset");
+
+    // Its sibling is free then, and the ill one is not.
+    for (const id of ids) await client().stopInstance({ instanceId: id });
+    for (const id of ids) await reportPhase(fixture, nodeId, { id, attempt: 1 }, AttemptPhase.ENDED);
+    const [lucky, waiting] = [await create({ gpu: h100(1) }), await create({ gpu: h100(1) })];
+    await placeAll();
+    assert.equal((await get(lucky)).state, InstanceState.SCHEDULED);
+    assert.notEqual((await get(lucky)).gpus[0]?.uuid, own.uuid);
+    assert.match((await get(waiting)).message, /has 2 x H100-SXM in all, 1 of them unhealthy/);
+    await tell("");
+    await placeAll();
+    assert.equal((await get(waiting)).gpus[0]?.uuid, own.uuid);
+  });
+
+  it("that no longer tells of a GPU at all tells its instance so, and that it is back", async () => {
+    const nodeId = await addNode(fixture, { gpus: 1 });
+    const id = await run(nodeId, { gpu: h100(1) });
+    const [node] = await fixture.db.database.system((tx) => fixture.nodes.nodes(tx, [nodeId]));
+    const { inventory } = node ?? {};
+    assert.ok(inventory);
+    for (const [gpus, words] of [
+      [inventory.gpus, ""],
+      [[], "its node no longer tells of it"],
+      [inventory.gpus, ""],
+    ] as const) {
+      await fixture.db.database.system((tx) =>
+        fixture.nodes.recordInventory(tx, nodeId, { ...inventory, gpus: [...gpus] }),
+      );
+      await fixture.scheduler.followNodes(signal);
+      assert.equal((await get(id)).gpus[0]?.healthMessage, words);
+    }
+    const { events } = await fixture.client(customer).listInstanceEvents({ instanceId: id });
+    assert.deepEqual(
+      events.slice(-2).map(({ reason }) => reason),
+      [InstanceReason.GPU_UNHEALTHY, InstanceReason.GPU_RECOVERED],
+    );
   });
 
   it("that is revoked fails its instances with NODE_LOST and frees what they had", async () => {

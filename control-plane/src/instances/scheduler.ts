@@ -25,21 +25,23 @@ import type { Instance } from "./model.ts";
 import { Recorder } from "./recorder.ts";
 import { forPlacement, placementRequestOf } from "./spec.ts";
 import {
+  type GpuHolder,
   lockInstance,
   lockInstances,
   purgeDeleted,
   selectExpired,
+  selectGpuHolders,
   selectNodesInUse,
   selectOnNode,
   selectPending,
 } from "./store.ts";
-import { expire, explainPending, loseNode, noteReachability, schedule } from "./transitions.ts";
+import { expire, explainPending, loseNode, noteGpuHealth, noteReachability, schedule } from "./transitions.ts";
 import type { Actor } from "./wire.ts";
 
 /** What the scheduler needs. */
 export type SchedulerOptions = {
   readonly database: Database;
-  readonly nodes: Pick<NodesService, "standings" | "bumpDesiredGeneration">;
+  readonly nodes: Pick<NodesService, "standings" | "gpuTroubles" | "bumpDesiredGeneration">;
   readonly placement: PlacementService;
   readonly wakeups: Wakeups;
   readonly clock: Clock;
@@ -130,7 +132,7 @@ export class Scheduler {
     }
   }
 
-  /** Writes onto instances what became of their nodes: revoked, silent, back. */
+  /** Writes onto instances what became of their nodes: revoked, silent, back, with GPUs that fell ill. */
   async followNodes(signal: AbortSignal): Promise<void> {
     const { database, nodes } = this.#options;
     const { inUse, standings } = await database.system(async (tx) => {
@@ -152,6 +154,27 @@ export class Scheduler {
       if (reachable ? hasUnreachable : hasReachable) {
         await this.#changeOnNode(nodeId, !reachable, (instance) => noteReachability(instance, reachable), signal);
       }
+    }
+    await this.#followGpus(signal);
+  }
+
+  async #followGpus(signal: AbortSignal): Promise<void> {
+    const { database, nodes } = this.#options;
+    const { troubles, changed } = await database.system(async (tx) => {
+      const byNode = await nodes.gpuTroubles(tx);
+      const holders = await selectGpuHolders(tx, [...byNode.keys()]);
+      const isOther = ({ nodeId, gpus }: GpuHolder): boolean =>
+        gpus.some(({ uuid, trouble }) => trouble !== byNode.get(nodeId)?.get(uuid));
+      return { troubles: byNode, changed: holders.filter(isOther).map(({ id }) => id) };
+    });
+    for (let begin = 0; begin < changed.length && !signal.aborted; begin += maxChangesPerTransaction) {
+      const ids = changed.slice(begin, begin + maxChangesPerTransaction);
+      await database.system((tx) =>
+        this.#change(tx, ids, (instance) => {
+          const own = instance.place === undefined ? undefined : troubles.get(instance.place.nodeId);
+          return noteGpuHealth(instance, own ?? new Map());
+        }),
+      );
     }
   }
 

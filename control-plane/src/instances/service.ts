@@ -19,7 +19,7 @@ import { type CommandOutcome, placementTimeoutMs } from "./attempts.ts";
 import { remove, restart, start, stop } from "./commands.ts";
 import type { Instance, State } from "./model.ts";
 import { Recorder, type RecorderOptions } from "./recorder.ts";
-import { acceptSpec } from "./spec.ts";
+import { acceptSpec, type SpecPolicy } from "./spec.ts";
 import {
   type InstanceFilter,
   type InstancePage,
@@ -61,12 +61,11 @@ export type LogTarget = {
 };
 
 /** What the service is made of. */
-export type InstancesOptions = Omit<RecorderOptions, "nodes"> & {
-  readonly nodes: Pick<NodesService, "bumpDesiredGeneration">;
-  readonly clock: Clock;
-  /** See proto's image-reference.ts. */
-  readonly imageAllowlist: readonly string[];
-};
+export type InstancesOptions = Omit<RecorderOptions, "nodes"> &
+  SpecPolicy & {
+    readonly nodes: Pick<NodesService, "bumpDesiredGeneration">;
+    readonly clock: Clock;
+  };
 
 /**
  * As many as a desired set holds. A set that left one out would have its node remove that one's workspace: there is
@@ -103,10 +102,10 @@ export class InstancesService {
   /**
    * Creates an instance. It waits in PENDING until the scheduler, who is told at once, finds its place.
    *
-   * @throws DomainError NOT_SUPPORTED_YET, IMAGE_NOT_ALLOWED, INVALID_ARGUMENT, QUOTA_EXCEEDED.
+   * @throws DomainError NOT_SUPPORTED_YET, LOCATION_NOT_ALLOWED, IMAGE_NOT_ALLOWED, INVALID_ARGUMENT, QUOTA_EXCEEDED.
    */
   async create(tx: TenantTx, given: InstanceSpec, callerId: string): Promise<Instance> {
-    const spec = acceptSpec(given, this.#options.imageAllowlist);
+    const spec = acceptSpec(given, this.#options);
     const now = this.#options.clock();
     const shares = await readShares(tx, now);
     checkQueue(tx, shares);

@@ -7,6 +7,7 @@ import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { type InstanceSpec, InstanceSpecSchema, PullPolicy, RestartPolicy } from "@clodei/proto/gen/clodei/v1/instance";
 import { LocationConstraintSchema } from "@clodei/proto/gen/clodei/v1/location";
 import { formatImageReference, isImageAllowed, parseImageReference } from "@clodei/proto/image-reference";
+import { isCountryAllowed } from "@clodei/proto/locations";
 import { DomainError, type FieldViolation } from "../platform/errors.ts";
 import type { PlacementRequest } from "../placement/service.ts";
 import { pinnedNodeOf, type Instance } from "./model.ts";
@@ -21,13 +22,23 @@ const maxCpuMillis = 256_000;
 const maxMemoryMib = 4_194_304;
 const maxStopGraceSeconds = 120;
 
+/** What this installation allows. */
+export type SpecPolicy = {
+  /** See proto's image-reference.ts. */
+  readonly imageAllowlist: readonly string[];
+  /** Where nodes may stand. See proto's locations.ts. */
+  readonly allowedCountries: readonly string[];
+};
+
 /**
  * Returns the specification as it is stored. The schema's rules were checked before.
  *
- * @throws DomainError NOT_SUPPORTED_YET, IMAGE_NOT_ALLOWED, INVALID_ARGUMENT, each naming the fields.
+ * @throws DomainError NOT_SUPPORTED_YET, LOCATION_NOT_ALLOWED, IMAGE_NOT_ALLOWED, INVALID_ARGUMENT, each naming the
+ * fields.
  */
-export function acceptSpec(given: InstanceSpec, imageAllowlist: readonly string[]): InstanceSpec {
+export function acceptSpec(given: InstanceSpec, { imageAllowlist, allowedCountries }: SpecPolicy): InstanceSpec {
   refuseUnsupported(given);
+  refuseJurisdiction(given.location?.country, allowedCountries);
   const spec = clone(InstanceSpecSchema, given);
   spec.image = acceptImage(given.image, imageAllowlist);
   spec.cpuMillis ??= defaultCpuMillis;
@@ -76,6 +87,14 @@ function refuseUnsupported(spec: InstanceSpec): void {
   if (fields.length === 0) return;
   const named = fields.map(({ field }) => field).join(", ");
   throw new DomainError(ErrorReason.NOT_SUPPORTED_YET, `not supported yet: ${named}`, { fields });
+}
+
+/** Where no node may ever stand there is nothing to wait for. */
+function refuseJurisdiction(country: string | undefined, allowed: readonly string[]): void {
+  if (country === undefined || isCountryAllowed(country, allowed)) return;
+  const message = `no node may stand in ${country}; allowed are ${allowed.join(", ")}`;
+  const fields = [{ field: "spec.location.country", rule: "allowed-jurisdiction", message }];
+  throw new DomainError(ErrorReason.LOCATION_NOT_ALLOWED, `spec.location.country: ${message}`, { fields });
 }
 
 function acceptImage(image: string, allowlist: readonly string[]): string {

@@ -3,7 +3,7 @@ import type { InstanceSpec } from "@clodei/proto/gen/clodei/v1/instance";
 import { type InstanceId, newId, type NodeId, type OrganizationId } from "@clodei/proto/ids";
 import type { SystemTx, TenantTx, Tx } from "../platform/database.ts";
 import type { LocationConstraint } from "../placement/service.ts";
-import type { Instance, Reason, State } from "./model.ts";
+import type { Instance, InstanceGpu, Reason, State } from "./model.ts";
 import {
   fromRow,
   instanceColumns,
@@ -324,6 +324,20 @@ export async function selectNodesInUse(
     hasReachable: row.has_reachable,
     hasUnreachable: row.has_unreachable,
   }));
+}
+
+/** An instance that has GPUs, with what is said of them. */
+export type GpuHolder = { readonly id: InstanceId; readonly nodeId: NodeId; readonly gpus: readonly InstanceGpu[] };
+
+/** The instances that have GPUs on one of these nodes, and those that show an unhealthy one. */
+export async function selectGpuHolders(tx: SystemTx, nodeIds: readonly NodeId[]): Promise<GpuHolder[]> {
+  const rows = await tx.query<{ id: string; node_id: string; gpus: readonly InstanceGpu[] }>(
+    `select id, node_id, gpus from instances where node_id = any ($1) and state <> 'DELETED' and gpus <> '[]'
+     union
+     select id, node_id, gpus from instances where gpus @? '$[*].trouble'`,
+    [nodeIds],
+  );
+  return rows.map((row) => ({ id: instanceIdOf(row.id), nodeId: nodeIdOf(row.node_id), gpus: row.gpus }));
 }
 
 /** Instances with something on a node that isn't lost; of those that say this of it, if it is given. */

@@ -57,7 +57,7 @@ export async function startFixture(): Promise<Fixture> {
   const nodes = await createNodes(db, clock);
   const placement = new PlacementService(nodes);
   const imageAllowlist = defaultImageAllowlist;
-  const instances = new InstancesService({ nodes, placement, wakeups, clock, imageAllowlist });
+  const instances = new InstancesService({ nodes, placement, wakeups, clock, imageAllowlist, allowedCountries });
   const pollIntervalMs = 1_000;
   const schedulerOptions = { database, nodes, placement, wakeups, clock, log, pollIntervalMs };
   const watches = new Watches({ database, instances, wakeups, clock, drain: drain.signal, pollIntervalMs });
@@ -88,6 +88,9 @@ export async function startFixture(): Promise<Fixture> {
   return fixture;
 }
 
+/** There are no nodes in San Marino. */
+const allowedCountries = ["ES", "FR", "SM"];
+
 async function createNodes({ database, wakeups, log }: TestDatabase, clock: Clock): Promise<NodesService> {
   const now = new Date();
   const { certificatePem, privateKeyPem } = await Authority.generate(now);
@@ -96,7 +99,7 @@ async function createNodes({ database, wakeups, log }: TestDatabase, clock: Cloc
     authority: await Authority.fromPem(certificatePem, privateKeyPem, "clodei.test", now),
     clock,
     hints: wakeups,
-    allowedCountries: ["ES", "FR"],
+    allowedCountries,
     certificateLifetimeMs: 86_400_000,
     nodeEndpoint: () => "localhost:1",
   });

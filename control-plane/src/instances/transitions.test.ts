@@ -6,7 +6,7 @@ import { newId } from "@clodei/proto/ids";
 import fc from "fast-check";
 import type { CommandOutcome, EventDraft, Outcome } from "./attempts.ts";
 import { remove, restart, start, stop } from "./commands.ts";
-import { desiredOf, holdsAllocation, type Instance, type Reason, type State } from "./model.ts";
+import { desiredOf, holdsAllocation, type Instance, pinnedNodeOf, type Reason, type State } from "./model.ts";
 import {
   applyReport,
   type AttemptReport,
@@ -14,6 +14,7 @@ import {
   explainPending,
   loseContainer,
   loseNode,
+  noteGpuHealth,
   noteReachability,
   schedule,
 } from "./transitions.ts";
@@ -69,7 +70,7 @@ function report(attempt: number, phase: AttemptReport["phase"], fields: Partial<
   };
 }
 
-const placement = { nodeId, location, gpus: [{ ...gpu, index: 0, usable: true, allocated: false }] };
+const placement = { nodeId, location, gpus: [{ ...gpu, index: 0, usable: true, unhealthy: false, allocated: false }] };
 
 function next(instance: Instance, outcome: CommandOutcome): Instance {
   return outcome === "unchanged" || outcome === "refused" ? instance : outcome.next;
@@ -318,6 +319,35 @@ describe("a node", () => {
   });
 });
 
+describe("a GPU", () => {
+  const ill = new Map([[gpu.uuid, "GPU is lost"]]);
+
+  it("that falls ill is told once, and stays the instance's, and so is that it is well again", () => {
+    const told = must(noteGpuHealth(running(), ill));
+    assert.equal(told.next.status.state, "RUNNING");
+    assert.deepEqual(told.next.gpus, [{ ...gpu, trouble: "GPU is lost" }]);
+    const message = `${gpu.uuid} is unhealthy: GPU is lost. What runs goes on.`;
+    assert.deepEqual(told.events, [{ attempt: 1, state: "RUNNING", reason: "GPU_UNHEALTHY", message }]);
+    assert.equal(noteGpuHealth(told.next, ill), "unchanged");
+    assert.deepEqual(must(noteGpuHealth(told.next, new Map([[gpu.uuid, "reset me"]]))).events, []);
+    const well = must(noteGpuHealth(told.next, new Map()));
+    assert.deepEqual(well.next.gpus, [gpu]);
+    assert.deepEqual(
+      well.events.map(({ reason }) => reason),
+      ["GPU_RECOVERED"],
+    );
+    assert.equal(noteGpuHealth(pending(), ill), "unchanged");
+  });
+
+  it("that is ill is not given to the next attempt of a restart policy, which waits for another of the node", () => {
+    const instance = must(noteGpuHealth(running(RestartPolicy.ON_FAILURE), ill)).next;
+    const over = must(applyReport(instance, nodeId, ended({ reason: "EXITED_NONZERO", exitCode: 1 }), after(20)));
+    assert.equal(over.next.status.state, "PENDING");
+    assert.deepEqual([over.next.attempt, over.next.restartCount, over.next.gpus], [2, 1, []]);
+    assert.equal(pinnedNodeOf(over.next), nodeId);
+  });
+});
+
 // ---- Whatever happens, in whatever order.
 
 type Step = (instance: Instance, now: Date) => CommandOutcome;
@@ -359,6 +389,8 @@ const arbitraryStep: fc.Arbitrary<Step> = fc.oneof(
     (instance, now) => loseContainer(instance, false, now),
     (instance) => noteReachability(instance, false),
     (instance) => noteReachability(instance, true),
+    (instance) => noteGpuHealth(instance, new Map([[gpu.uuid, "GPU is lost"]])),
+    (instance) => noteGpuHealth(instance, new Map()),
   ),
 );
 

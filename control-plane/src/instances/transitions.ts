@@ -10,13 +10,16 @@ import {
   queueNextAttempt,
   restartByPolicy,
   restartsByPolicy,
+  requeueByPolicy,
   silent,
+  type EventDraft,
   type Outcome,
 } from "./attempts.ts";
 import {
   holdsAllocation,
   type FailedReason,
   type Instance,
+  type InstanceGpu,
   type Isolation,
   type PullProgress,
   type Reason,
@@ -108,6 +111,38 @@ export function noteReachability(instance: Instance, reachable: boolean): Outcom
   if (!holdsAllocation(instance)) return silent(next);
   const message = reachable ? "Its node answers again." : "Its node does not answer. What runs goes on.";
   return { next, events: [{ ...draftOf(next), message }] };
+}
+
+/** What one event says of each GPU. All of it stands beside the GPU. */
+const maxTroubleCharacters = 256;
+
+/**
+ * Notes which of the instance's GPUs are unhealthy. They stay its own, and what runs goes on: only its customer knows
+ * whether it still can.
+ *
+ * @param troubles What is wrong with GPUs of its node, by UUID.
+ */
+export function noteGpuHealth(instance: Instance, troubles: ReadonlyMap<string, string>): Outcome {
+  if (!holdsAllocation(instance)) return "unchanged";
+  const before = new Map(instance.gpus.map(({ uuid, trouble }) => [uuid, trouble]));
+  const gpus = instance.gpus.map(({ trouble: _, ...gpu }): InstanceGpu => {
+    const trouble = troubles.get(gpu.uuid);
+    return trouble === undefined ? gpu : { ...gpu, trouble };
+  });
+  if (gpus.every(({ uuid, trouble }) => trouble === before.get(uuid))) return "unchanged";
+  const next = { ...instance, gpus };
+  const fell = gpus.filter(({ uuid, trouble }) => trouble !== undefined && before.get(uuid) === undefined);
+  const rose = gpus.filter(({ uuid, trouble }) => trouble === undefined && before.get(uuid) !== undefined);
+  const events: EventDraft[] = [];
+  if (fell.length > 0) {
+    const why = fell.map(({ uuid, trouble = "" }) => `${uuid} is unhealthy: ${trouble.slice(0, maxTroubleCharacters)}`);
+    events.push({ ...draftOf(next), reason: "GPU_UNHEALTHY", message: `${why.join("; ")}. What runs goes on.` });
+  }
+  if (rose.length > 0) {
+    const message = `Healthy again: ${rose.map(({ uuid }) => uuid).join(", ")}.`;
+    events.push({ ...draftOf(next), reason: "GPU_RECOVERED", message });
+  }
+  return { next, events };
 }
 
 // ---- The node.
@@ -205,7 +240,9 @@ function end(instance: Instance, report: End, now: Date): Outcome {
   }
   const over: Instance = { ...ended, status: judgeEnd(instance, report) };
   if (!restartsByPolicy(over)) return moved(over);
-  const next = restartByPolicy({ ...over, gpus: instance.gpus }, now);
+  // The same GPUs would do the same again, where one of them is why it ended.
+  const isIll = instance.gpus.some(({ trouble }) => trouble !== undefined);
+  const next = isIll ? requeueByPolicy(over, now) : restartByPolicy({ ...over, gpus: instance.gpus }, now);
   return { next, events: [draftOf(over), draftOf(next)] };
 }
 

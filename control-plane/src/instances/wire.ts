@@ -23,8 +23,9 @@ import {
   InstanceState,
   PullProgressSchema,
 } from "@clodei/proto/gen/clodei/v1/instance";
+import { GpuHealth } from "@clodei/proto/gen/clodei/v1/inventory";
 import { LocationSchema } from "@clodei/proto/gen/clodei/v1/location";
-import { desiredOf, messageOf, reasonOf, type Instance, type Reason, type State } from "./model.ts";
+import { desiredOf, messageOf, reasonOf, type Instance, type InstanceGpu, type Reason, type State } from "./model.ts";
 import type { AttemptReport } from "./transitions.ts";
 
 /** Who did something. */
@@ -52,7 +53,7 @@ export function toInstanceMessage(instance: Instance): InstanceMessage {
     reason: toReason(reasonOf(status)),
     message: messageOf(status),
     attempt: instance.attempt,
-    gpus: instance.gpus.map((gpu) => ({ ...gpu })),
+    gpus: instance.gpus.map(toGpuMessage),
     imageDigest: instance.imageDigest,
     imageId: instance.imageId,
     version: instance.version,
@@ -68,6 +69,11 @@ export function toInstanceMessage(instance: Instance): InstanceMessage {
     ...(status.state === "PENDING" && { placementDeadline: timestampFromDate(status.deadline) }),
     ...(status.state === "PULLING" && status.progress && { pullProgress: create(PullProgressSchema, status.progress) }),
   });
+}
+
+function toGpuMessage({ trouble, ...gpu }: InstanceGpu) {
+  const health = trouble === undefined ? GpuHealth.HEALTHY : GpuHealth.UNHEALTHY;
+  return { ...gpu, health, healthMessage: trouble ?? "" };
 }
 
 /**

@@ -1,7 +1,7 @@
 /**
  * What a node is, and what may become of it. Pure: times are arguments.
  */
-import type { NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
+import { type Gpu, GpuHealth, type NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
 import type { EnrollmentTokenId, NodeId } from "@clodei/proto/ids";
 
 /** Where a node stands. */
@@ -30,6 +30,8 @@ export type FleetNode = {
   readonly location: NodeLocation;
   readonly state: NodeState;
   readonly message: string;
+  /** Which of its GPUs other nodes report as well; empty where none. */
+  readonly sharedGpusMessage: string;
   readonly cordoned: boolean;
   readonly connected: boolean;
   readonly agentVersion: string;
@@ -48,6 +50,32 @@ export type FleetNode = {
 /** Whether new instances may be placed on a node now. */
 export function takesNewWork(node: Pick<FleetNode, "state" | "cordoned" | "acceptingWork">): boolean {
   return node.state === "ready" && !node.cordoned && node.acceptingWork;
+}
+
+/** Why a GPU is not healthy; empty where it is. */
+export function troubleOf(gpu: Pick<Gpu, "health" | "healthMessage">): string {
+  if (gpu.health === GpuHealth.HEALTHY) return "";
+  return gpu.healthMessage === "" ? "its health is not known" : gpu.healthMessage;
+}
+
+/** So many GPUs are named in one message. */
+const maxNamedGpus = 8;
+
+/** What an operator is told of a node's GPUs that other nodes report as well. */
+export function describeSharedGpus(
+  nodeId: NodeId,
+  gpus: readonly {
+    readonly uuid: string;
+    readonly reporters: readonly { readonly nodeId: NodeId; readonly name: string }[];
+  }[],
+): string {
+  const others = gpus.map(({ uuid, reporters }) => {
+    const names = reporters.filter((reporter) => reporter.nodeId !== nodeId).map(({ name }) => name);
+    return `${uuid} (by ${names.slice(0, maxNamedGpus).join(", ")})`;
+  });
+  const more = others.length > maxNamedGpus ? ` and ${others.length - maxNamedGpus} more` : "";
+  const named = others.slice(0, maxNamedGpus).join(", ");
+  return `reported by other nodes as well: ${named}${more}; a GPU is offered at one node only, so revoke a node that no longer has it`;
 }
 
 /** What is known of an enrollment token. */

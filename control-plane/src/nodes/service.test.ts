@@ -8,6 +8,7 @@ import { DomainError } from "../platform/errors.ts";
 import { type FleetNode, type NodeState, takesNewWork } from "./model.ts";
 import { revokeNode, setCordoned } from "./operations.ts";
 import type { HeartbeatFacts } from "./service.ts";
+import { nodeToWire } from "./wire.ts";
 import { leaseMs, startTestFleet, type TestFleet } from "./test-fleet.ts";
 
 let fleet: TestFleet;
@@ -265,11 +266,58 @@ describe("the desired set's generation", () => {
   });
 });
 
+describe("a GPU that two nodes report", () => {
+  test("is told to the operator on both, until one of them no longer has it", async () => {
+    const [one, other, third] = [await newNode(), await newNode(), await newNode()];
+    const nodeIds = [one, other, third];
+    const report = async (nodeId: NodeId, ...uuids: string[]): Promise<void> => {
+      const { inventory } = await read(nodeId);
+      assert.ok(inventory);
+      const gpus = uuids.flatMap((uuid) => inventory.gpus.slice(0, 1).map((gpu) => ({ ...gpu, uuid })));
+      await fleet.db.database.system((tx) => fleet.nodes.recordInventory(tx, nodeId, { ...inventory, gpus }));
+    };
+    const messages = async () => {
+      await fleet.db.database.system((tx) => fleet.nodes.noteSharedGpus(tx));
+      return Promise.all(nodeIds.map(async (nodeId) => nodeToWire(await read(nodeId), undefined).message ?? ""));
+    };
+    for (const nodeId of nodeIds) await fleet.hello(nodeId);
+    await report(one, "GPU-SIM-a", "GPU-SIM-b");
+    await report(other, "GPU-SIM-b", "GPU-SIM-c");
+    // The same twice from one node is that node's own mistake.
+    await report(third, "GPU-SIM-d", "GPU-SIM-d");
+    const [first, second, none] = await messages();
+    const name = async (nodeId: NodeId) => (await read(nodeId)).name;
+    assert.match(first ?? "", new RegExp(`as well: GPU-SIM-b \\(by ${await name(other)}\\);`));
+    assert.match(second ?? "", new RegExp(`as well: GPU-SIM-b \\(by ${await name(one)}\\);`));
+    assert.equal(none, "");
+    const { version } = await read(one);
+    await messages();
+    assert.equal((await read(one)).version, version, "what is known is not told again");
+    await heartbeat(one);
+    assert.equal((await messages())[0], first, "a heartbeat does not take it away");
+    await report(third, "GPU-SIM-b");
+    assert.match(
+      (await messages())[0] ?? "",
+      new RegExp(`\\(by ${[await name(other), await name(third)].join(", ")}\\)`),
+    );
+    await report(third);
+    await fleet.db.database.system((tx) => revokeNode(tx, other, "moved", new Date(), fleet.db.wakeups));
+    assert.deepEqual((await messages()).slice(0, 1), [""]);
+  });
+});
+
 describe("rights in the database", () => {
   const denied = (error: unknown): boolean => sqlStateOf(error) === "42501";
 
   test("the login that serves requests sees no table of the fleet", async () => {
-    const tables = ["nodes", "enrollment_tokens", "enrollments", "node_certificates", "used_renewal_challenges"];
+    const tables = [
+      "nodes",
+      "enrollment_tokens",
+      "enrollments",
+      "node_certificates",
+      "used_renewal_challenges",
+      "node_gpus",
+    ];
     for (const table of tables) {
       const read = fleet.db.database.tenant(newId("org"), (tx) => tx.query(`select 1 from ${table}`));
       await assert.rejects(read, denied, table);
@@ -285,6 +333,7 @@ describe("rights in the database", () => {
       "update enrollments set node_id = node_id",
       "update node_certificates set expire_time = 'infinity'",
       "truncate node_certificates",
+      "delete from node_gpus",
     ];
     for (const statement of statements) {
       await assert.rejects(

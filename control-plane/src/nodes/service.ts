@@ -10,7 +10,14 @@ import type { SystemTx, Tx } from "../platform/database.ts";
 import type { Log } from "../platform/log.ts";
 import type { Enrollment, Identity } from "./enrollment.ts";
 import { markCertificateUsed, readCertificates } from "./enrollment-store.ts";
-import { type CertificateCheck, certificateFault, type FleetNode, type NodeState, takesNewWork } from "./model.ts";
+import {
+  type CertificateCheck,
+  certificateFault,
+  describeSharedGpus,
+  type FleetNode,
+  type NodeState,
+  takesNewWork,
+} from "./model.ts";
 import { assertMayWork, type Hints, hintAfterCommit, lockNode, requireNode } from "./standing.ts";
 import * as store from "./store.ts";
 
@@ -159,7 +166,7 @@ export class NodesService {
     const node = await lockNode(tx, nodeId);
     if (node.state === "revoked") return;
     await store.updateNode(tx, nodeId, { inventory });
-    this.#hint(tx, "nodes", "placement");
+    this.#hint(tx, "nodes", "placement", "instances");
   }
 
   /** The node's session ended. Its state stays until the lease ends: a reconnect is no news. @throws DomainError NOT_FOUND. */
@@ -240,6 +247,30 @@ export class NodesService {
     return store.readStandings(tx, nodeIds);
   }
 
+  /** Every GPU with which something is wrong, by node, and what: few, and cheap enough to be asked every second. */
+  gpuTroubles(tx: SystemTx): Promise<ReadonlyMap<NodeId, ReadonlyMap<string, string>>> {
+    return store.readGpuTroubles(tx);
+  }
+
+  /** Writes onto nodes which of their GPUs others report as well (a cloned disk, a card that was moved, a wrong report). */
+  async noteSharedGpus(tx: SystemTx): Promise<void> {
+    const shared = await store.readSharedGpus(tx);
+    const told = await store.readSharedGpuMessages(tx);
+    const concerned = new Set([
+      ...told.keys(),
+      ...shared.flatMap(({ reporters }) => reporters.map(({ nodeId }) => nodeId)),
+    ]);
+    const messages = [...concerned].map((nodeId) => {
+      const own = shared.filter(({ reporters }) => reporters.some((reporter) => reporter.nodeId === nodeId));
+      return [nodeId, own.length === 0 ? "" : describeSharedGpus(nodeId, own)] as const;
+    });
+    const changed = new Map(messages.filter(([nodeId, message]) => message !== (told.get(nodeId) ?? "")));
+    for (const { nodeId } of await store.lockNodes(tx, [...changed.keys()])) {
+      await store.updateNode(tx, nodeId, { sharedGpusMessage: changed.get(nodeId) ?? "" });
+    }
+    if (changed.size > 0) this.#hint(tx, "nodes");
+  }
+
   /** Nodes by id, revoked ones too, in the order of their ids. */
   nodes(tx: SystemTx, nodeIds: readonly NodeId[]): Promise<FleetNode[]> {
     return store.readNodes(tx, nodeIds);
@@ -258,8 +289,8 @@ export class NodesService {
       observedGeneration: heartbeat.observedGeneration,
     });
     this.#hint(tx, "nodes");
-    // Instances show whether their node is reachable.
-    if (before.state !== state) this.#hint(tx, "instances");
+    // Instances show whether their node is reachable, and their GPUs healthy.
+    if (before.state !== state || inventory !== undefined) this.#hint(tx, "instances");
     const takesNow = takesNewWork({ state, cordoned: before.cordoned, acceptingWork: heartbeat.acceptingWork });
     if (takesNow && (!takesNewWork(before) || inventory !== undefined)) this.#hint(tx, "placement");
   }

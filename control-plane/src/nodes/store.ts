@@ -5,7 +5,7 @@ import { type NodeInventory, NodeInventorySchema } from "@clodei/proto/gen/clode
 import type { NodeId } from "@clodei/proto/ids";
 import { recordChange } from "../platform/changes.ts";
 import type { SystemTx, Tx } from "../platform/database.ts";
-import type { FleetNode, NodeLocation, NodeState } from "./model.ts";
+import { type FleetNode, type NodeLocation, type NodeState, troubleOf } from "./model.ts";
 
 type RawNode = {
   readonly id: NodeId;
@@ -16,6 +16,7 @@ type RawNode = {
   readonly tier: number;
   readonly state: NodeState;
   readonly message: string;
+  readonly shared_gpus_message: string;
   readonly cordoned: boolean;
   readonly connected: boolean;
   readonly agent_version: string;
@@ -31,7 +32,7 @@ type RawNode = {
   readonly version: bigint;
 };
 
-const nodeColumns = `n.id, n.name, n.country, n.region, n.datacenter, n.tier, n.state, n.message, n.cordoned, n.connected,
+const nodeColumns = `n.id, n.name, n.country, n.region, n.datacenter, n.tier, n.state, n.message, n.shared_gpus_message, n.cordoned, n.connected,
   n.agent_version, n.inventory, n.accepting_work, n.accepting_work_message, n.create_time,
   n.update_time, n.heartbeat_time, n.desired_generation, n.observed_generation, n.version,
   (select max(c.expire_time) from node_certificates c where c.node_id = n.id and c.state = 'active')
@@ -44,6 +45,7 @@ function toNode(row: RawNode): FleetNode {
     location: { country: row.country, region: row.region, datacenter: row.datacenter, tier: row.tier },
     state: row.state,
     message: row.message,
+    sharedGpusMessage: row.shared_gpus_message,
     cordoned: row.cordoned,
     connected: row.connected,
     agentVersion: row.agent_version,
@@ -182,6 +184,7 @@ export async function insertNode(
 export type NodeChange = {
   readonly state?: NodeState;
   readonly message?: string;
+  readonly sharedGpusMessage?: string;
   readonly cordoned?: boolean;
   readonly connected?: boolean;
   readonly agentVersion?: string;
@@ -204,6 +207,7 @@ export async function updateNode(tx: SystemTx, nodeId: NodeId, change: NodeChang
        accepting_work = coalesce($8, accepting_work),
        accepting_work_message = coalesce($9, accepting_work_message),
        observed_generation = coalesce($10, observed_generation),
+       shared_gpus_message = coalesce($11, shared_gpus_message),
        revoke_time = case when $2 = 'revoked' then coalesce(revoke_time, now()) else revoke_time end,
        heartbeat_digest = '',
        version = version + 1,
@@ -220,9 +224,70 @@ export async function updateNode(tx: SystemTx, nodeId: NodeId, change: NodeChang
       change.acceptingWork ?? null,
       change.acceptingWorkMessage ?? null,
       change.observedGeneration ?? null,
+      change.sharedGpusMessage ?? null,
     ],
   );
+  if (change.inventory !== undefined) await writeNodeGpus(tx, nodeId, change.inventory);
   await recordNodeChange(tx, nodeId);
+}
+
+/** What is said of a GPU that the node's inventory had before. */
+const goneTrouble = "its node no longer tells of it";
+
+/** Notes which GPUs a node reports, and what is wrong with them. */
+async function writeNodeGpus(tx: SystemTx, nodeId: NodeId, inventory: NodeInventory): Promise<void> {
+  const troubles = new Map(inventory.gpus.map((gpu) => [gpu.uuid, troubleOf(gpu)]));
+  await tx.execute(
+    `with gone as (
+       update node_gpus set reported = false, trouble = $4 where node_id = $1 and reported and gpu_uuid <> all($2)
+     )
+     insert into node_gpus (node_id, gpu_uuid, reported, trouble)
+     select $1, gpu.uuid, true, gpu.trouble from unnest($2::text[], $3::text[]) as gpu(uuid, trouble)
+     on conflict (node_id, gpu_uuid) do update set reported = true, trouble = excluded.trouble
+     where not node_gpus.reported or node_gpus.trouble <> excluded.trouble`,
+    [nodeId, [...troubles.keys()], [...troubles.values()], goneTrouble],
+  );
+}
+
+/** Every GPU with which something is wrong, by node, and what. */
+export async function readGpuTroubles(tx: SystemTx): Promise<ReadonlyMap<NodeId, ReadonlyMap<string, string>>> {
+  const rows = await tx.query<{ node_id: NodeId; gpu_uuid: string; trouble: string }>(
+    "select node_id, gpu_uuid, trouble from node_gpus where trouble <> ''",
+  );
+  const byNode = Map.groupBy(rows, (row) => row.node_id);
+  return new Map(
+    [...byNode].map(([nodeId, gpus]) => [nodeId, new Map(gpus.map((row) => [row.gpu_uuid, row.trouble]))]),
+  );
+}
+
+/** A GPU that several nodes report, none of them revoked. */
+export type SharedGpu = {
+  readonly uuid: string;
+  /** In the order of their ids. */
+  readonly reporters: readonly { readonly nodeId: NodeId; readonly name: string }[];
+};
+
+/** GPUs that several nodes report. */
+export async function readSharedGpus(tx: SystemTx): Promise<SharedGpu[]> {
+  const rows = await tx.query<{ gpu_uuid: string; ids: NodeId[]; names: string[] }>(
+    `select g.gpu_uuid, array_agg(n.id order by n.id) as ids, array_agg(n.name order by n.id) as names
+     from node_gpus g join nodes n on n.id = g.node_id
+     where g.reported and n.state <> 'revoked'
+     group by g.gpu_uuid having count(*) > 1
+     order by g.gpu_uuid`,
+  );
+  return rows.map((row) => ({
+    uuid: row.gpu_uuid,
+    reporters: row.ids.map((nodeId, index) => ({ nodeId, name: row.names[index] ?? "" })),
+  }));
+}
+
+/** What is said of nodes about GPUs that others report as well, of those of which something is. */
+export async function readSharedGpuMessages(tx: SystemTx): Promise<ReadonlyMap<NodeId, string>> {
+  const rows = await tx.query<{ id: NodeId; shared_gpus_message: string }>(
+    "select id, shared_gpus_message from nodes where shared_gpus_message <> ''",
+  );
+  return new Map(rows.map((row) => [row.id, row.shared_gpus_message]));
 }
 
 /** What is known of a node before its heartbeat is looked at. */

@@ -38,7 +38,7 @@ export function nodeToWire(node: FleetNode, allocation: Allocation | undefined):
     name: node.name,
     location: node.location,
     state: stateOnWire[node.state],
-    message: node.message,
+    message: [node.message, node.sharedGpusMessage].filter((part) => part !== "").join("; "),
     cordoned: node.cordoned,
     connected: node.connected,
     agentVersion: node.agentVersion,

@@ -8,23 +8,48 @@ const maxNamed = 8;
 
 /** Why there is no room for a request, for a person. */
 export function explainWaiting(request: PlacementRequest, fleet: readonly FleetNode[]): string {
-  const asked = describeRequest(request);
-  if (request.pinnedNodeId !== undefined) return `${asked} asked for; ${explainPinned(request, fleet)}`;
-  const nodes = fleet.filter((node) => node.obstacle === undefined && isEligible(request, node));
-  const where = describeLocation(request.location);
-  if (nodes.length === 0) return `${asked} asked for; ${explainNoNodes(request, fleet, where)}`;
-  if (nodes.some((node) => fitsEmptyNode(request, node))) {
-    const largest = request.gpu.count > 0 ? `; the largest node there has ${describeLargestGroup(request, nodes)}` : "";
-    return `${asked} asked for; no node ${where} has that much free now${largest}; waiting until it is free`;
-  }
-  return `${asked} asked for; ${explainMisfit(request, nodes, where)}${describeElsewhere(request, fleet)}`;
+  const why = request.pinnedNodeId === undefined ? explainAny(request, fleet) : explainPinned(request, fleet);
+  return `${describeRequest(request)} asked for; ${why}`;
 }
 
-function explainNoNodes(request: PlacementRequest, fleet: readonly FleetNode[], where: string): string {
+/** What passes comes first: others' use, then ill health, then nodes that take nothing; and last what no wait mends. */
+function explainAny(request: PlacementRequest, fleet: readonly FleetNode[]): string {
+  const where = describeLocation(request.location);
   const elsewhere = describeElsewhere(request, fleet);
-  if (!fleet.some((node) => isEligible(request, node))) return `there is no node ${where}${elsewhere}`;
-  return `no node ${where} takes instances now; waiting until one does${elsewhere}`;
+  const nodes = fleet.filter((node) => isEligible(request, node));
+  if (nodes.length === 0) return `there is no node ${where}${elsewhere}`;
+  const open = nodes.filter((node) => node.obstacle === undefined);
+  if (open.some((node) => fitsEmptyNode(request, node))) {
+    return `no node ${where} has that much free now${describeLargestNode(request, open)}; waiting until it is free`;
+  }
+  if (open.some((node) => fitsEmptyNode(request, healed(node)))) {
+    return `no node ${where} has that many healthy GPUs now${describeLargestNode(request, open)}; waiting until they are healthy again${elsewhere}`;
+  }
+  const closed = nodes.filter((node) => fitsEmptyNode(request, healed(node)));
+  if (closed.length > 0) {
+    return `what would fit ${where} takes no new instances now (${describeObstacles(closed)}); waiting until it does${elsewhere}`;
+  }
+  return `${explainMisfit(request, nodes.map(healed), where)}${elsewhere}`;
 }
+
+/** The node with all its GPUs in good health. */
+function healed(node: FleetNode): FleetNode {
+  return { ...node, gpus: node.gpus.map((gpu) => (gpu.unhealthy ? { ...gpu, usable: true } : gpu)) };
+}
+
+function describeObstacles(nodes: readonly FleetNode[]): string {
+  const byObstacle = Map.groupBy(nodes, ({ obstacle }) => obstacle ?? "not_accepting");
+  const parts = [...byObstacle].map(([obstacle, those]) => `${those.length} ${obstacleWords[obstacle]}`);
+  return parts.toSorted().join(", ");
+}
+
+const obstacleWords: Readonly<Record<NodeObstacle, string>> = {
+  unreachable: "not answering",
+  cordoned: "under maintenance",
+  quarantined: "until an operator has looked at it",
+  revoked: "out of service",
+  not_accepting: "not ready for work",
+};
 
 /** Where else it would fit, if the caller let go of the location. */
 function describeElsewhere(request: PlacementRequest, fleet: readonly FleetNode[]): string {
@@ -77,24 +102,28 @@ function isOfModel(model: string): (gpu: { usable: boolean; model: string }) => 
   return (gpu) => gpu.usable && (model === "" || gpu.model === model);
 }
 
-function describeLargestGroup(request: PlacementRequest, nodes: readonly FleetNode[]): string {
-  const group = largestGroup(request, nodes);
-  return group === undefined ? "none" : `${group.count} x ${group.model} in all`;
+/** The most that a node has, with what is ill among it; nothing for a request without GPUs. */
+function describeLargestNode(request: PlacementRequest, nodes: readonly FleetNode[]): string {
+  const group = largestGroup(request, nodes.map(healed));
+  if (request.gpu.count === 0 || group === undefined) return "";
+  const ill = group.unhealthy === 0 ? "" : `, ${group.unhealthy} of them unhealthy`;
+  return `; the largest node there has ${group.count} x ${group.model} in all${ill}`;
 }
 
+type GpuGroup = { readonly model: string; readonly count: number; readonly unhealthy: number };
+
 /** The most GPUs of one model, of those that are wanted, that one node has, allocated or not. */
-function largestGroup(
-  request: PlacementRequest,
-  nodes: readonly FleetNode[],
-): { readonly model: string; readonly count: number } | undefined {
-  let largest: { readonly model: string; readonly count: number } | undefined;
+function largestGroup(request: PlacementRequest, nodes: readonly FleetNode[]): GpuGroup | undefined {
+  let largest: GpuGroup | undefined;
   for (const node of nodes) {
     const byModel = Map.groupBy(
       node.gpus.filter((gpu) => isWanted(request, gpu)),
       (gpu) => gpu.model,
     );
     for (const [model, gpus] of byModel) {
-      if (largest === undefined || gpus.length > largest.count) largest = { model, count: gpus.length };
+      const unhealthy = gpus.filter((gpu) => gpu.unhealthy).length;
+      const isLarger = largest === undefined || gpus.length > largest.count;
+      if (isLarger) largest = { model, count: gpus.length, unhealthy };
     }
   }
   return largest;
@@ -104,8 +133,13 @@ function explainPinned(request: PlacementRequest, fleet: readonly FleetNode[]): 
   const node = fleet.find(({ id }) => id === request.pinnedNodeId);
   if (node === undefined) return "the node that holds its workspace is gone";
   if (node.obstacle !== undefined) return `the node that holds its workspace ${describeObstacle(node.obstacle)}`;
-  if (!isInLocation(request.location, node.location) || !fitsEmptyNode(request, node)) {
+  if (!isInLocation(request.location, node.location) || !fitsEmptyNode(request, healed(node))) {
     return "the node that holds its workspace no longer has that much, even when empty";
+  }
+  if (!fitsEmptyNode(request, node)) {
+    const group = largestGroup(request, [healed(node)]);
+    const ill = `${group?.unhealthy ?? 0} of its ${group?.count ?? 0} x ${group?.model ?? "GPU"} are unhealthy`;
+    return `the node that holds its workspace has not that many healthy GPUs now: ${ill}; waiting until they are healthy again`;
   }
   return "the node that holds its workspace has not that much free now; waiting until it has";
 }

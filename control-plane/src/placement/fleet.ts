@@ -37,7 +37,7 @@ export function createFleet(nodes: readonly NodeRecord[], allocations: Allocatio
         freeMemoryMib: memoryMib - used.memoryMib,
         gpus: node.inventory.gpus.map((gpu) => ({
           ...createFleetGpu(gpu, allocations.gpuUuids),
-          ...(reporters.get(gpu.uuid) !== gpu && { usable: false }),
+          ...(reporters.get(gpu.uuid) !== gpu && { usable: false, unhealthy: false }),
         })),
       },
     ];
@@ -56,17 +56,18 @@ function findReporters(nodes: readonly NodeRecord[]): ReadonlyMap<string, Gpu> {
 }
 
 function createFleetGpu(gpu: Gpu, allocated: ReadonlySet<string>): FleetGpu {
+  const isWhole = gpu.migMode === MigMode.DISABLED || gpu.migMode === MigMode.UNSUPPORTED;
+  const isKnown = gpu.model !== "" && isWhole;
+  // Not "is not known to be ill": what nobody vouches for is not given to a customer.
+  const isHealthy = gpu.health === GpuHealth.HEALTHY;
   return {
     uuid: gpu.uuid,
     model: gpu.model,
     memoryMib: gpu.memoryMib,
     simulated: gpu.simulated,
     index: gpu.index,
-    // Not "is not known to be ill": what nobody vouches for is not given to a customer.
-    usable:
-      gpu.model !== "" &&
-      gpu.health === GpuHealth.HEALTHY &&
-      (gpu.migMode === MigMode.DISABLED || gpu.migMode === MigMode.UNSUPPORTED),
+    usable: isKnown && isHealthy,
+    unhealthy: isKnown && !isHealthy,
     allocated: allocated.has(gpu.uuid),
   };
 }

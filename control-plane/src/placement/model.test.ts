@@ -25,6 +25,7 @@ function gpu(uuid: string, fields: Partial<FleetGpu> = {}): FleetGpu {
     simulated: true,
     index: 0,
     usable: true,
+    unhealthy: false,
     allocated: false,
     ...fields,
   };
@@ -262,10 +263,48 @@ describe("the explanation", () => {
     );
     const closed = [node(0, { obstacle: "cordoned", gpus: gpus("a", 8) }), node(1, { location: france })];
     const inSpain = request({ location: { country: "ES" } });
-    assert.match(explainWaiting(inSpain, closed), /no node in ES takes instances now; waiting .* fit in FR\/paris/);
+    assert.match(
+      explainWaiting(inSpain, closed),
+      /what would fit in ES takes no new instances now \(1 under maintenance\); waiting .* fit in FR\/paris/,
+    );
     const model = request({ gpu: { model: "L40S", count: 1, minMemoryMib: 0 }, location: { country: "ES" } });
     assert.match(explainWaiting(model, fleet), /there are H100-SXM; it would fit in FR\/paris\/p-1/);
     assert.doesNotMatch(explainWaiting(request({ gpu: h100(1) }), []), /it would fit/);
+  });
+
+  it("tells what takes nothing now from what no node could take", () => {
+    const closed = [
+      node(0, { obstacle: "cordoned", gpus: gpus("a", 8) }),
+      node(1, { obstacle: "unreachable", gpus: gpus("b", 8) }),
+      node(2, { gpus: gpus("c", 2) }),
+    ];
+    assert.equal(
+      explainWaiting(request({ gpu: h100(8) }), closed),
+      "8 x H100-SXM asked for; what would fit in any location takes no new instances now (1 not answering, 1 under maintenance); waiting until it does",
+    );
+    assert.match(explainWaiting(request({ gpu: h100(9) }), closed), /no node .* has that many; the largest has 8 x/);
+  });
+
+  it("counts unhealthy GPUs apart from those in use", () => {
+    const ill = (each: FleetNode, count: number): FleetNode => ({
+      ...each,
+      gpus: each.gpus.map((item, index) => (index < count ? { ...item, usable: false, unhealthy: true } : item)),
+    });
+    const spanish = node(0, { gpus: gpus("a", 8) });
+    const asked = request({ gpu: h100(8) });
+    assert.equal(
+      explainWaiting(asked, [ill(spanish, 2)]),
+      "8 x H100-SXM asked for; no node in any location has that many healthy GPUs now; the largest node there has 8 x H100-SXM in all, 2 of them unhealthy; waiting until they are healthy again",
+    );
+    const busy = ill({ ...spanish, gpus: spanish.gpus.map((item) => ({ ...item, allocated: true })) }, 1);
+    assert.equal(
+      explainWaiting(request({ gpu: h100(1) }), [busy]),
+      "1 x H100-SXM asked for; no node in any location has that much free now; the largest node there has 8 x H100-SXM in all, 1 of them unhealthy; waiting until it is free",
+    );
+    assert.match(
+      explainWaiting({ ...asked, pinnedNodeId: spanish.id }, [ill(spanish, 1)]),
+      /holds its workspace has not that many healthy GPUs now: 1 of its 8 x H100-SXM are unhealthy; waiting/,
+    );
   });
 
   it("names the memory that there is", () => {

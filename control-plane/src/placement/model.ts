@@ -31,6 +31,8 @@ export type FleetGpu = {
   readonly index: number;
   /** Healthy, of a known model, and not split by MIG. */
   readonly usable: boolean;
+  /** Not usable for its health alone. */
+  readonly unhealthy: boolean;
   readonly allocated: boolean;
 };
 

@@ -15,6 +15,7 @@ const gpu = {
   simulated: true,
   index: 0,
   usable: true,
+  unhealthy: false,
   allocated: false,
 };
 const request: PlacementRequest = {
