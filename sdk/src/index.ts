@@ -22,11 +22,13 @@ export type { WatchEvent, WatchOptions } from "./watch.ts";
 export { type Availability, type ImagePolicy, type Offer } from "@clodei/proto/gen/clodei/v1/catalog_service";
 export { type WhoAmIResponse } from "@clodei/proto/gen/clodei/v1/identity_service";
 export {
+  type AllocatedGpu,
   type Instance,
   type InstanceEvent,
   InstanceReason,
   type InstanceSpec,
   InstanceState,
 } from "@clodei/proto/gen/clodei/v1/instance";
+export { type Gpu, GpuHealth, type NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
 export { type Location } from "@clodei/proto/gen/clodei/v1/location";
 export { type EnrollmentToken, type Node, NodeState } from "@clodei/proto/gen/clodei/v1/node_service";

@@ -41,7 +41,7 @@ export interface AgentOptions {
 }
 
 export interface SystemOptions {
-  readonly engine?: Pick<PrivateEngineOptions, "daemonArguments">;
+  readonly engine?: Pick<PrivateEngineOptions, "daemonArguments" | "prelude">;
   readonly agents?: readonly AgentOptions[];
   readonly controlPlaneEnv?: Readonly<Record<string, string>>;
   /** How many control planes serve one database of the test's. Default: one, with its embedded database. */

@@ -184,6 +184,7 @@ export class Conversation {
         await this.#report(session, message);
         return;
       case "inventory":
+        await this.#options.heartbeats.beforeInventory(session);
         await this.#options.database.system((tx) =>
           this.#options.nodes.recordInventory(tx, session.nodeId, message.value),
         );

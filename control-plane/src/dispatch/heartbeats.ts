@@ -39,6 +39,16 @@ export class HeartbeatBatcher implements AsyncDisposable {
     }, this.#options.batchMs);
   }
 
+  /**
+   * Makes room for a new inventory of the session: what its heartbeats said of GPUs before is not to be recorded after it.
+   * A GPU that has just fallen ill would be given away until the next heartbeat.
+   */
+  async beforeInventory(session: NodeSession): Promise<void> {
+    const waiting = this.#waiting.get(session);
+    if (waiting !== undefined) this.#waiting.set(session, { ...waiting, gpus: [] });
+    await this.#flushing;
+  }
+
   async [Symbol.asyncDispose](): Promise<void> {
     clearTimeout(this.#timer);
     await this.#flushing;

@@ -127,7 +127,7 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
   });
   const sharedGpus = startReconciler({
     name: "shared-gpus",
-    topics: ["placement"],
+    topics: ["nodes"],
     intervalMs: sharedGpusCheckMs,
     wakeups: deps.wakeups,
     log,

@@ -191,6 +191,29 @@ test("heartbeats hold the lease and carry the health of GPUs; without them the n
   assert.equal(row?.connected, false);
 });
 
+test("a heartbeat that an inventory overtakes does not take its GPUs' health back", async () => {
+  const node = await fleet.enroll();
+  const { agent } = await ScriptedAgent.open(clientOf(node));
+  const gpu = { uuid: "GPU-SIM-1", model: "H100-SXM", memoryMib: 81_559, simulated: true };
+  const host = { hostname: "node", cpuCount: 64, memoryMib: 65_536 };
+  const health = async () => {
+    const [stored] = await fleet.db.database.system((tx) => replica.nodes.nodes(tx, [node.nodeId]));
+    return stored?.inventory?.gpus[0]?.health;
+  };
+  for (let round = 1n; round <= 5n; round += 1n) {
+    agent.heartbeat(3n * round - 2n, GpuHealth.HEALTHY);
+    await agent.next("ack", (ack) => ack.heartbeatSequence === 3n * round - 2n);
+    assert.equal(await health(), GpuHealth.HEALTHY);
+    agent.heartbeat(3n * round - 1n, GpuHealth.HEALTHY);
+    agent.send({ case: "inventory", value: { host, gpus: [{ ...gpu, health: GpuHealth.UNHEALTHY }] } });
+    await agent.next("ack", (ack) => ack.heartbeatSequence === 3n * round - 1n);
+    await eventually("the inventory is recorded", async () => (await health()) === GpuHealth.UNHEALTHY);
+    agent.send({ case: "heartbeat", value: { sequence: 3n * round, acceptingWork: true } });
+    await agent.next("ack", (ack) => ack.heartbeatSequence === 3n * round);
+    assert.equal(await health(), GpuHealth.UNHEALTHY);
+  }
+});
+
 test("an agent that says nothing for the lease loses its session", async () => {
   const node = await fleet.enroll();
   const { agent } = await ScriptedAgent.open(clientOf(node));
