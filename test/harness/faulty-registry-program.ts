@@ -2,7 +2,7 @@
 // that it is told. Ends when its test does.
 import { createServer, type IncomingMessage, request, type ServerResponse } from "node:http";
 import { setTimeout as wait } from "node:timers/promises";
-import type { RegistryAnswer, RegistryFault, RegistryOrder } from "./faulty-registry.ts";
+import type { RegistryAnswer, RegistryFault, RegistryOrder, RegistryReply } from "./faulty-registry.ts";
 
 /** Small, so that a slow answer comes evenly. */
 const chunkBytes = 16_384;
@@ -78,7 +78,8 @@ process.on("message", (order: RegistryOrder) => {
     if (fault === undefined) faults.delete(repository);
     else faults.set(repository, { fault, left: fault.times ?? Number.POSITIVE_INFINITY });
   }
-  process.send?.(answers);
+  const reply: RegistryReply = { id: order.id, answers };
+  process.send?.(reply);
 });
 process.on("disconnect", () => process.exit(0));
 server.listen(Number(port), "127.0.0.1", () => process.send?.("listening"));

@@ -35,16 +35,24 @@ export interface RegistryAnswer {
   readonly bytes: number;
 }
 
-/** What its process is told. It answers with all answers so far. */
-export type RegistryOrder =
+/** What its process is told. */
+export type RegistryOrder = { readonly id: number } & (
   | { readonly kind: "fault"; readonly repository: string; readonly fault: RegistryFault | undefined }
-  | { readonly kind: "answers" };
+  | { readonly kind: "answers" }
+);
+
+/** What it says when an order is carried out, with all answers until then. */
+export interface RegistryReply {
+  readonly id: number;
+  readonly answers: RegistryAnswer[];
+}
 
 /** The way to a registry, until it is closed. */
 export class FaultyRegistry implements AsyncDisposable {
   /** Begins references that are pulled this way: "127.0.0.1:5100". */
   readonly host: string;
   readonly #process: ChildProcess;
+  #orders = 0;
 
   private constructor(host: string, child: ChildProcess) {
     this.host = host;
@@ -69,20 +77,31 @@ export class FaultyRegistry implements AsyncDisposable {
 
   /** From now on a repository's answers have this fault; none where it is absent. */
   async break(repository: string, fault?: RegistryFault): Promise<void> {
-    await this.#tell({ kind: "fault", repository, fault });
+    await this.#tell((id) => ({ id, kind: "fault", repository, fault }));
   }
 
   /** What was sent of a repository so far, each time in the order of requests. */
   async answers(repository: string): Promise<RegistryAnswer[]> {
-    const all = await this.#tell({ kind: "answers" });
+    const all = await this.#tell((id) => ({ id, kind: "answers" }));
     return all.filter(({ path }) => path.startsWith(`/v2/${repository}/`));
   }
 
-  async #tell(order: RegistryOrder): Promise<RegistryAnswer[]> {
-    const answered = once(this.#process, "message");
+  /** Tests that run beside each other may tell at once: each hears its own reply. */
+  async #tell(orderOf: (id: number) => RegistryOrder): Promise<RegistryAnswer[]> {
+    this.#orders += 1;
+    const order = orderOf(this.#orders);
+    const { promise, resolve, reject } = Promise.withResolvers<RegistryAnswer[]>();
+    const onReply = ({ id, answers }: RegistryReply): void => {
+      if (id === order.id) resolve(answers);
+    };
+    const onExit = (): void => reject(new Error("the process of the faulty registry ended"));
+    this.#process.on("message", onReply).once("exit", onExit);
     this.#process.send(order);
-    const [answers] = (await answered) as [RegistryAnswer[]];
-    return answers;
+    try {
+      return await promise;
+    } finally {
+      this.#process.off("message", onReply).off("exit", onExit);
+    }
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

@@ -249,10 +249,11 @@ async function writeNodeGpus(tx: SystemTx, nodeId: NodeId, inventory: NodeInvent
   );
 }
 
-/** Every GPU with which something is wrong, by node, and what. */
+/** Every GPU with which something is wrong, by node, and what. Of a revoked node nobody holds any. */
 export async function readGpuTroubles(tx: SystemTx): Promise<ReadonlyMap<NodeId, ReadonlyMap<string, string>>> {
   const rows = await tx.query<{ node_id: NodeId; gpu_uuid: string; trouble: string }>(
-    "select node_id, gpu_uuid, trouble from node_gpus where trouble <> ''",
+    `select g.node_id, g.gpu_uuid, g.trouble from node_gpus g join nodes n on n.id = g.node_id
+     where g.trouble <> '' and n.state <> 'revoked'`,
   );
   const byNode = Map.groupBy(rows, (row) => row.node_id);
   return new Map(
