@@ -38,6 +38,27 @@ test("every problem is told, each with its setting", () => {
     assert.match(problems, new RegExp(name));
 });
 
+test("what lets proxies speak for others, or in plain text, says which proxies those are", () => {
+  assert.match(problemsOf({ CLODEI_PUBLIC_TLS: "off" }), /CLODEI_PUBLIC_TLS: off needs TRUSTED_PROXIES/);
+  assert.match(
+    problemsOf({ CLODEI_NODE_PROXY_PROTOCOL: "on" }),
+    /CLODEI_NODE_PROXY_PROTOCOL: on needs TRUSTED_PROXIES/,
+  );
+  assert.match(problemsOf({ CLODEI_PUBLIC_TLS: "maybe" }), /CLODEI_PUBLIC_TLS.*must be on or off/);
+  assert.match(problemsOf({ TRUSTED_PROXIES: "proxy.example" }), /TRUSTED_PROXIES.*"proxy.example"/);
+  assert.match(problemsOf({ TRUSTED_PROXIES: "10.0.0.0/8,0.0.0.0/0" }), /TRUSTED_PROXIES.*would trust everybody/);
+  const behind = { TRUSTED_PROXIES: "10.0.0.0/8, ::1", CLODEI_PUBLIC_TLS: "off", CLODEI_NODE_PROXY_PROTOCOL: "on" };
+  const config = loadConfig({ environment: behind });
+  assert.deepEqual(
+    [config.trustedProxies, config.publicTls, config.nodeProxyProtocol],
+    [["10.0.0.0/8", "::1"], false, true],
+  );
+  const certificate = { CLODEI_PUBLIC_CERTIFICATE_FILE: "/c.pem", CLODEI_PUBLIC_KEY_FILE: "/k.pem" };
+  assert.match(problemsOf({ ...behind, ...certificate }), /CLODEI_PUBLIC_CERTIFICATE_FILE: has no use/);
+  const nothing = loadConfig({ environment: {} });
+  assert.deepEqual([nothing.trustedProxies, nothing.publicTls, nothing.nodeProxyProtocol], [[], true, false]);
+});
+
 test("an issuer without https is refused, but on loopback", () => {
   const issuer = (url: string): string =>
     JSON.stringify([{ issuer: url, audience: "a", jwksUrl: `${url}/jwks.json`, emailVerifiedClaim: "email_verified" }]);

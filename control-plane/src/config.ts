@@ -4,8 +4,19 @@ import { readFileSync } from "node:fs";
 import { resolve } from "node:path";
 import { defaultImageAllowlist } from "@clodei/proto/image-reference";
 import { euAndEeaCountries } from "@clodei/proto/locations";
+import {
+  parseCountries,
+  parseEndpoint,
+  parseInteger,
+  parseList,
+  parseLogLevel,
+  parsePort,
+  parseProxyRanges,
+  parseSwitch,
+  parseText,
+} from "./config-values.ts";
 import { parseJwtIssuers } from "./identity/issuers.ts";
-import { type LogLevel, logLevels } from "./platform/log.ts";
+import { logLevels } from "./platform/log.ts";
 import type { DatabaseSource } from "./platform/open-database.ts";
 
 /** A configuration that cannot be started with. Each problem names its setting. */
@@ -45,8 +56,29 @@ const settings = {
   ),
   publicHost: setting("CLODEI_PUBLIC_HOST", "--public-host", "127.0.0.1", "address of the public listener", parseText),
   publicPort: setting("CLODEI_PUBLIC_PORT", "--public-port", "8443", "its port; 0: any free one", parsePort),
+  trustedProxies: setting(
+    "TRUSTED_PROXIES",
+    "--trusted-proxies",
+    "",
+    "addresses and ranges of the proxies in front, whose X-Forwarded-For and PROXY headers are believed",
+    parseProxyRanges,
+  ),
+  publicTls: setting(
+    "CLODEI_PUBLIC_TLS",
+    "--public-tls",
+    "on",
+    "off: the public listener speaks plain HTTP/1.1 and HTTP/2, to trusted proxies alone",
+    parseSwitch,
+  ),
   nodeHost: setting("CLODEI_NODE_HOST", "--node-host", "127.0.0.1", "address of the node listener", parseText),
   nodePort: setting("CLODEI_NODE_PORT", "--node-port", "8444", "its port; 0: any free one", parsePort),
+  nodeProxyProtocol: setting(
+    "CLODEI_NODE_PROXY_PROTOCOL",
+    "--node-proxy-protocol",
+    "off",
+    "on: connections to the node listener come from trusted proxies alone, and begin with a PROXY header (v1 or v2)",
+    parseSwitch,
+  ),
   nodeEndpoint: setting(
     "CLODEI_NODE_ENDPOINT",
     "--node-endpoint",
@@ -201,7 +233,7 @@ const settings = {
     "CLODEI_PUBLIC_CONNECTIONS_PER_ADDRESS",
     "--public-connections-per-address",
     "256",
-    "most open connections of one address (an IPv6 /64) to the public listener, of 10000 in all",
+    "most open connections, or requests through proxies, of one address (an IPv6 /64) to the public listener, of 10000 in all",
     parseInteger(1, 10_000),
   ),
   nodeConnectionsPerAddress: setting(
@@ -305,6 +337,7 @@ function crossCheck(config: Config): string[] {
     ),
     ...pairProblems("CLODEI_CA_CERTIFICATE_FILE", config.caCertificateFile, "CLODEI_CA_KEY_FILE", config.caKeyFile),
     ...pairProblems("DATABASE_URL", config.databaseUrl, "DATABASE_SYSTEM_URL", config.databaseSystemUrl),
+    ...proxyProblems(config),
     ...databaseProblems(config),
     ...config.corsOrigins.flatMap(originProblems),
     ...(config.leaseMs < 2 * config.heartbeatIntervalMs
@@ -312,6 +345,21 @@ function crossCheck(config: Config): string[] {
       : []),
     ...(config.publicNames.length === 0 ? ["CLODEI_PUBLIC_NAMES: names at least one name"] : []),
   ];
+}
+
+/** What lets a proxy speak for others, or in plain text, says which proxies those are. */
+function proxyProblems(config: Config): string[] {
+  const problems: string[] = [];
+  if (!config.publicTls && config.trustedProxies.length === 0) {
+    problems.push("CLODEI_PUBLIC_TLS: off needs TRUSTED_PROXIES, the proxies that end TLS: nobody else is served then");
+  }
+  if (!config.publicTls && config.publicCertificateFile !== "") {
+    problems.push("CLODEI_PUBLIC_CERTIFICATE_FILE: has no use while CLODEI_PUBLIC_TLS is off");
+  }
+  if (config.nodeProxyProtocol && config.trustedProxies.length === 0) {
+    problems.push("CLODEI_NODE_PROXY_PROTOCOL: on needs TRUSTED_PROXIES, the proxies that send the header");
+  }
+  return problems;
 }
 
 function pairProblems(first: string, firstValue: string, second: string, secondValue: string): string[] {
@@ -375,57 +423,6 @@ function originProblems(text: string): string[] {
 
 function isLoopback(host: string): boolean {
   return host === "localhost" || host === "[::1]" || host === "::1" || /^127\.\d+\.\d+\.\d+$/.test(host);
-}
-
-// --- parsers
-
-function parseText(text: string): string {
-  return text.trim();
-}
-
-function parsePort(text: string): number {
-  return parseInteger(0, 65_535)(text);
-}
-
-function parseEndpoint(text: string): string {
-  if (text !== "" && !/^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}$/.test(text)) throw new Error("must be host:port");
-  return text;
-}
-
-function parseInteger(least: number, most: number): (text: string) => number {
-  return (text) => {
-    const value = Number(text);
-    if (!/^\d{1,15}$/.test(text) || value < least || value > most) {
-      throw new Error(`must be a whole number from ${least} to ${most}, not ${JSON.stringify(text)}`);
-    }
-    return value;
-  };
-}
-
-function parseList(text: string): readonly string[] {
-  return text
-    .split(",")
-    .map((part) => part.trim())
-    .filter((part) => part !== "");
-}
-
-function parseCountries(text: string): readonly string[] {
-  const countries = parseList(text);
-  const wrong = countries.find((country) => !/^[A-Z]{2}$/.test(country));
-  if (wrong !== undefined) throw new Error(`${JSON.stringify(wrong)} is not an ISO 3166-1 code of two capital letters`);
-  if (countries.length === 0) throw new Error("names at least one country");
-  return countries;
-}
-
-function parseSwitch(text: string): boolean {
-  if (text !== "on" && text !== "off") throw new Error(`must be on or off, not ${JSON.stringify(text)}`);
-  return text === "on";
-}
-
-function parseLogLevel(text: string): LogLevel {
-  const level = logLevels.find((known) => known === text);
-  if (level === undefined) throw new Error(`must be one of ${logLevels.join(", ")}`);
-  return level;
 }
 
 /** Where the configuration says that the database is. */

@@ -46,11 +46,12 @@ import { startOperationsListener } from "./rpc/operations-listener.ts";
 import { type PublicListener, startPublicListener } from "./rpc/public-listener.ts";
 import { RateLimiter } from "./rpc/rate-limit.ts";
 import { createReflection } from "./rpc/reflection.ts";
+import { TrustedProxies } from "./rpc/trusted-proxies.ts";
 import { RequestValidator } from "./rpc/validation.ts";
 
 /** A control plane that serves. */
 export type RunningControlPlane = {
-  /** "https://host:port" of the public listener. */
+  /** "https://host:port" of the public listener; "http://…" where proxies end TLS before it. */
   readonly publicUrl: string;
   /** "host:port" of the node listener. */
   readonly nodeEndpoint: string;
@@ -236,6 +237,7 @@ async function startListeners(
           host: nodeHost,
           port: nodePort,
           maxConnectionsPerAddress: config.nodeConnectionsPerAddress,
+          proxyProtocolFrom: config.nodeProxyProtocol ? new TrustedProxies(config.trustedProxies) : undefined,
           publicNames,
           heartbeatIntervalMs,
           leaseMs,
@@ -265,7 +267,7 @@ async function startPublic(
   const validator = new RequestValidator();
   validator.warmUp(publicServices.flatMap(({ methods }) => methods));
   const obtain = (): Promise<FreshCertificate> => obtainCertificate(config, base);
-  const first = await obtain();
+  const first = config.publicTls ? await obtain() : undefined;
   const settings = "--public-host and --public-port (CLODEI_PUBLIC_HOST, CLODEI_PUBLIC_PORT)";
   const publicListener = await listenAt({ host: config.publicHost, port: config.publicPort, settings }, () =>
     startPublicListener({
@@ -273,6 +275,7 @@ async function startPublic(
       port: config.publicPort,
       maxConnectionsPerAddress: config.publicConnectionsPerAddress,
       tls: first,
+      trustedProxies: new TrustedProxies(config.trustedProxies),
       corsOrigins: config.corsOrigins,
       routes: (router) => registerServices(router, config, base, domain, nodeListener),
       authenticate: organizations.authenticate,
@@ -287,8 +290,8 @@ async function startPublic(
   );
   stack.defer(() => publicListener.close(0));
   const use = (next: FreshCertificate): void => publicListener.setCertificate(next);
-  stack.use(keepCertificateFresh({ listener: "public", first, obtain, use, log }));
-  log.info({ port: publicListener.port }, "the public listener serves");
+  if (first !== undefined) stack.use(keepCertificateFresh({ listener: "public", first, obtain, use, log }));
+  log.info({ port: publicListener.port, tls: config.publicTls }, "the public listener serves");
   return publicListener;
 }
 
@@ -382,7 +385,7 @@ function describe(
 ): Omit<RunningControlPlane, "close"> {
   const name = config.publicNames[0] ?? config.publicHost;
   return {
-    publicUrl: `https://${name.includes(":") ? `[${name}]` : name}:${listeners.publicListener.port}`,
+    publicUrl: `${config.publicTls ? "https" : "http"}://${name.includes(":") ? `[${name}]` : name}:${listeners.publicListener.port}`,
     nodeEndpoint: config.nodeEndpoint === "" ? listeners.nodeListener.endpoint : config.nodeEndpoint,
     operationsUrl: listeners.operationsUrl,
     caPem: base.authority.certificatePem,

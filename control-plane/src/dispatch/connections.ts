@@ -2,30 +2,58 @@
 // hold on a connection: an agent that does not read, or whose node was revoked, is cut off for certain only here.
 import { createServer, type AddressInfo, type Server as NetServer, type Socket } from "node:net";
 import type { ConnectionInjector } from "@grpc/grpc-js";
-import { AddressConnections } from "../rpc/address-connections.ts";
+import { readFirstBytes } from "../platform/first-bytes.ts";
+import { AddressSlots } from "../rpc/address-slots.ts";
+import type { TrustedProxies } from "../rpc/trusted-proxies.ts";
+import { ProxyHeaderError, readProxyHeader } from "./proxy-protocol.ts";
+
+/** Why a connection was cut before anything was said on it. */
+export type ConnectionRefusal = "too_many" | "no_trusted_proxy" | "malformed_proxy_header" | "no_proxy_header";
+
+/** What connections begin with: their own bytes, or a PROXY header, which only these proxies may send. */
+export type ProxyProtocol = "off" | { readonly from: TrustedProxies; readonly timeoutMs: number };
+
+type ConnectionsOptions = {
+  readonly injector: ConnectionInjector;
+  readonly maxConnections: number;
+  readonly maxConnectionsPerAddress: number;
+  readonly proxyProtocol: ProxyProtocol;
+  readonly onRefused: (why: ConnectionRefusal) => void;
+};
 
 /** Accepts connections. */
 export class Connections {
   readonly #server: NetServer;
   readonly #sockets = new Map<string, Socket>();
 
-  constructor(options: {
-    readonly injector: ConnectionInjector;
-    readonly maxConnections: number;
-    readonly maxConnectionsPerAddress: number;
-    /** An address had too many, and one more of its connections was cut. */
-    readonly onRefused: () => void;
-  }) {
-    const byAddress = new AddressConnections(options.maxConnectionsPerAddress);
+  constructor(options: ConnectionsOptions) {
+    const slots = new AddressSlots(options.maxConnectionsPerAddress);
     this.#server = createServer({ noDelay: true }, (socket) => {
-      if (!byAddress.admit(socket)) {
-        options.onRefused();
-        return;
-      }
       const address = `${socket.remoteAddress}:${socket.remotePort}`;
       this.#sockets.set(address, socket);
       socket.once("close", () => this.#sockets.delete(address));
-      options.injector.injectConnection(socket);
+      // Until somebody serves it, nobody else listens.
+      socket.on("error", () => undefined);
+      const refuse = (why: ConnectionRefusal): void => {
+        options.onRefused(why);
+        socket.destroy();
+      };
+      const serve = (client: string): void => {
+        const giveBack = slots.take(client);
+        if (giveBack === undefined) return refuse("too_many");
+        socket.once("close", giveBack);
+        options.injector.injectConnection(socket);
+      };
+      const peer = socket.remoteAddress ?? "";
+      const { proxyProtocol } = options;
+      if (proxyProtocol === "off") return serve(peer);
+      // A header that anybody may send says nothing.
+      if (!proxyProtocol.from.has(peer)) return refuse("no_trusted_proxy");
+      // The proxy's own connection, such as to see whether we live, is its own.
+      void readFirstBytes(socket, proxyProtocol.timeoutMs, readProxyHeader).then(
+        (client) => serve(client ?? peer),
+        (error: unknown) => refuse(error instanceof ProxyHeaderError ? "malformed_proxy_header" : "no_proxy_header"),
+      );
     });
     this.#server.maxConnections = options.maxConnections;
   }

@@ -10,6 +10,8 @@ export const dispatchLimits = {
   firstMessageTimeoutMs: 10_000,
   /** A TLS handshake takes two round trips; one that does not end holds memory for nothing. */
   handshakeTimeoutMs: 10_000,
+  /** A proxy sends its header with the connection's first packet; one that is lost comes again after three seconds. */
+  proxyHeaderTimeoutMs: 5_000,
   /** Connections a process, just below the 20,000 descriptors that some machines allow. */
   maxConnections: 18_000,
   /** Streams of one agent's connection: its session, its log uploads, a renewal, and what a reconnect overlaps. */

@@ -13,6 +13,7 @@ import type { Log } from "../platform/log.ts";
 import { startReconciler } from "../platform/reconciler.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
 import { type FreshCertificate, keepCertificateFresh } from "../rpc/listener-certificate.ts";
+import type { TrustedProxies } from "../rpc/trusted-proxies.ts";
 import { CertificateGate, type Peer } from "./certificate-gate.ts";
 import { Connections } from "./connections.ts";
 import { Conversation } from "./conversation.ts";
@@ -49,6 +50,8 @@ export type NodeListenerConfig = {
   /** 0: any. */
   readonly port: number;
   readonly maxConnectionsPerAddress: number;
+  /** Where given, every connection must come from one of these, and begin with a PROXY header. */
+  readonly proxyProtocolFrom?: TrustedProxies | undefined;
   /** Names and addresses in the listener's certificate. The first is the one in the endpoint. */
   readonly publicNames: readonly string[];
   readonly heartbeatIntervalMs: number;
@@ -104,7 +107,14 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
     injector,
     maxConnections: parts.limits.maxConnections,
     maxConnectionsPerAddress: config.maxConnectionsPerAddress,
-    onRefused: () => parts.metrics.connectionsRefused.inc(),
+    proxyProtocol:
+      config.proxyProtocolFrom === undefined
+        ? "off"
+        : { from: config.proxyProtocolFrom, timeoutMs: parts.limits.proxyHeaderTimeoutMs },
+    onRefused(why) {
+      if (why === "too_many") parts.metrics.connectionsRefused.inc();
+      else parts.metrics.proxyConnectionsRefused.inc({ why });
+    },
   });
   parts.setCut((address) => connections.cut(address));
   const port = await connections.listen(config.host, config.port).catch(async (error: unknown) => {

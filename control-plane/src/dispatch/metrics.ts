@@ -10,6 +10,7 @@ export type DispatchMetrics = {
   readonly reportGaps: Counter;
   readonly agentsDropped: Counter<"why">;
   readonly connectionsRefused: Counter;
+  readonly proxyConnectionsRefused: Counter<"why">;
   readonly logStreams: Gauge;
   readonly logBytes: Counter;
 };
@@ -55,6 +56,12 @@ export function createDispatchMetrics(registry: Registry): DispatchMetrics {
     connectionsRefused: new Counter({
       name: "clodei_node_connections_refused_total",
       help: "Connections of the node listener that were cut because their address had too many.",
+      registers,
+    }),
+    proxyConnectionsRefused: new Counter({
+      name: "clodei_node_proxy_connections_refused_total",
+      help: "Connections of the node listener that were cut because they did not begin as a trusted proxy's must.",
+      labelNames: ["why"],
       registers,
     }),
     logStreams: new Gauge({ name: "clodei_log_streams", help: "Log streams that this process relays.", registers }),

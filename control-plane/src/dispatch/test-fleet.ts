@@ -205,6 +205,7 @@ export class TestFleet implements AsyncDisposable {
     const values = createRequestValues({
       requestId: "test",
       address: "127.0.0.1",
+      hasTooManyOpen: false,
       method: undefined,
       isStream: true,
       code: undefined,

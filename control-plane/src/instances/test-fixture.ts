@@ -111,6 +111,7 @@ function identify(caller: Caller): Interceptor {
     createRequestValues({
       requestId: "test",
       address: "127.0.0.1",
+      hasTooManyOpen: false,
       caller,
       method: undefined,
       isStream: false,

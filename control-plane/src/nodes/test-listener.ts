@@ -11,6 +11,7 @@ import { OrganizationsService } from "../organizations/service.ts";
 import { createMetrics } from "../rpc/metrics.ts";
 import { startPublicListener } from "../rpc/public-listener.ts";
 import { RateLimiter } from "../rpc/rate-limit.ts";
+import { TrustedProxies } from "../rpc/trusted-proxies.ts";
 import { RequestValidator } from "../rpc/validation.ts";
 import { enrollmentHandlers } from "./enrollment-handlers.ts";
 import { nodeHandlers } from "./handlers.ts";
@@ -41,6 +42,7 @@ export async function startTestListener(fleet: TestFleet): Promise<TestListener>
     host: "127.0.0.1",
     port: 0,
     maxConnectionsPerAddress: 256,
+    trustedProxies: new TrustedProxies([]),
     tls: await authority.issueListenerCertificate(["localhost"], new Date()),
     corsOrigins: [],
     routes(router) {

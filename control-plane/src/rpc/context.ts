@@ -7,8 +7,10 @@ import { anonymousCaller, type Caller, type CustomerCaller, type PlatformCaller 
 /** What the listener notes of a request, from its arrival to its line in the access log. */
 export type RequestRecord = {
   readonly requestId: string;
-  /** Where the connection comes from: for the limit, never for the log. */
+  /** Where the request comes from, as far as it is proven: for the limits, never for the log. */
   readonly address: string;
+  /** Whether that address has as many requests open through proxies as it may. */
+  readonly hasTooManyOpen: boolean;
   caller: Caller;
   /** "service/method", once the request is known to be for one. */
   method: string | undefined;
@@ -21,6 +23,7 @@ export type RequestRecord = {
 const recordKey = createContextKey<RequestRecord>({
   requestId: "",
   address: "",
+  hasTooManyOpen: false,
   caller: anonymousCaller,
   method: undefined,
   isStream: false,

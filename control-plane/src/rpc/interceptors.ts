@@ -43,6 +43,8 @@ const apiKeyPrefix = /^bearer\s+clodei_/i;
 const sharedAnswerMs = 200;
 /** Retries after a drain should not come all at once: the SDK spreads them around this. */
 const drainRetryMs = 1_000;
+/** Nobody knows when one of them ends. */
+const tooManyOpenRetryMs = 1_000;
 
 /** Refuses before the body is read: too many requests, and wrong credentials. */
 export function createGate(options: PipelineOptions): (context: HandlerContext) => Promise<void> {
@@ -53,6 +55,7 @@ export function createGate(options: PipelineOptions): (context: HandlerContext) 
     context.responseHeader.set("clodei-request-id", record.requestId);
     completeErrors(context, record, options.log);
     try {
+      if (record.hasTooManyOpen) throw tooManyOpenError();
       options.addressLimiter.take(limitedAddressOf(record.address));
       // Health must answer when the database, and so authentication, does not.
       if (openServices.has(context.service.typeName)) return;
@@ -275,6 +278,12 @@ function tell(error: unknown, record: RequestRecord, log: Log): ConnectError {
   record.code = codeName(mapped.code);
   if (isOurs(error)) log.error({ err: error, requestId: record.requestId, method: record.method }, "a request failed");
   return mapped;
+}
+
+function tooManyOpenError(): DomainError {
+  return new DomainError(ErrorReason.RATE_LIMITED, "too many requests of your address are open: end some", {
+    retryAfterMs: tooManyOpenRetryMs,
+  });
 }
 
 /** What ends streams, and refuses requests, while the process drains. */

@@ -1,108 +1,61 @@
-// The public listener: Connect, gRPC, gRPC-Web and JSON over HTTP/1.1 and HTTP/2, on one TLS port. The limits here
-// were measured: the defaults of the libraries are about 4 GiB a message and no bound on streams.
+// The public listener: Connect, gRPC, gRPC-Web and JSON over HTTP/1.1 and HTTP/2, on one port. The limits here were
+// measured: the defaults of the libraries are about 4 GiB a message and no bound on streams.
 import { randomUUID } from "node:crypto";
-import { once, type EventEmitter } from "node:events";
-import { createSecureServer, type Http2SecureServer, type ServerHttp2Session } from "node:http2";
-import type { AddressInfo, Socket } from "node:net";
-import type { TLSSocket } from "node:tls";
+import type { EventEmitter } from "node:events";
 import type { ConnectRouter } from "@connectrpc/connect";
 import { errorToJson } from "@connectrpc/connect/protocol-connect";
 import { setTrailerStatus } from "@connectrpc/connect/protocol-grpc";
 import { compressionGzip, connectNodeAdapter } from "@connectrpc/connect-node";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { DomainError } from "../platform/errors.ts";
-import { AddressConnections } from "./address-connections.ts";
+import { AddressSlots } from "./address-slots.ts";
 import { anonymousCaller } from "./caller.ts";
 import { createRequestValues, type RequestRecord } from "./context.ts";
 import { corsHeaders, isPreflight } from "./cors.ts";
 import { codeName, readMaxBytes, toConnectError } from "./errors.ts";
 import { createGate, createInterceptors, drainError, type PipelineOptions } from "./interceptors.ts";
 import type { Metrics } from "./metrics.ts";
+import {
+  type PublicServer,
+  type PublicServerOptions,
+  type Request,
+  type Response,
+  startPublicServer,
+} from "./public-server.ts";
 
-type Handler = ReturnType<typeof connectNodeAdapter>;
-type Request = Parameters<Handler>[0];
-type Response = Parameters<Handler>[1];
 /** A method as the library serves it, in all of its protocols. */
 type ServedMethod = ConnectRouter["handlers"][number];
 
-/** A certificate and its key, as PEM. */
-export type ListenerTls = { readonly certificateChainPem: string; readonly privateKeyPem: string };
-
 /** What the public listener needs. */
-export type PublicListenerOptions = Omit<PipelineOptions, "shutdownSignal"> & {
-  readonly host: string;
-  /** 0: any free one. */
-  readonly port: number;
-  readonly maxConnectionsPerAddress: number;
-  readonly tls: ListenerTls;
-  /** Origins of browsers that may read answers: "https://console.example". */
-  readonly corsOrigins: readonly string[];
-  readonly routes: (router: ConnectRouter) => void;
-  readonly metrics: Metrics;
-};
+export type PublicListenerOptions = Omit<PipelineOptions, "shutdownSignal"> &
+  PublicServerOptions & {
+    /** Origins of browsers that may read answers: "https://console.example". */
+    readonly corsOrigins: readonly string[];
+    readonly routes: (router: ConnectRouter) => void;
+    readonly metrics: Metrics;
+  };
 
-/** A public listener that listens. */
-export type PublicListener = {
-  readonly port: number;
-  /** Takes a new certificate for the connections to come. */
-  setCertificate(tls: ListenerTls): void;
-  /** Ends streams, takes no more connections, and gives requests the time given to finish. */
-  close(drainMs: number): Promise<void>;
-};
+/** A public listener that listens. Its end ends streams, too. */
+export type PublicListener = PublicServer;
 
-const maxConcurrentStreams = 100;
-/** With the default of 10 MB, 400 stalled answers of 64 KiB on one connection killed the session. */
-const maxSessionMemoryMb = 64;
-const maxConnections = 10_000;
-const handshakeTimeoutMs = 10_000;
 /** Time for a request's headers and body. */
 const requestTimeoutMs = 30_000;
 /** Reflection is the client's own stream, for which nobody needs credentials: a tool that explores comes back. */
 const reflectionTimeoutMs = 5 * 60_000;
-const idleConnectionMs = 10 * 60_000;
-const maxHeaderBytes = 32 * 1024;
 /** Two years, as browsers' preload lists ask. */
 const strictTransportSecurity = "max-age=63072000; includeSubDomains";
 
 /** Opens the public listener. */
 export async function startPublicListener(options: PublicListenerOptions): Promise<PublicListener> {
   const shutdown = new AbortController();
-  const server = createSecureServer(
-    {
-      ...tlsOf(options.tls),
-      allowHTTP1: true,
-      minVersion: "TLSv1.2",
-      handshakeTimeout: handshakeTimeoutMs,
-      settings: { maxConcurrentStreams, maxHeaderListSize: maxHeaderBytes },
-      maxSessionMemory: maxSessionMemoryMb,
-    },
-    createRequestHandler(options, shutdown.signal),
-  );
-  server.maxConnections = maxConnections;
-  const connections = trackConnections(server, options);
-  server.listen(options.port, options.host);
-  await once(server, "listening");
-  server.on("error", (error) => options.log.error({ err: error }, "the public listener failed"));
-  const { port } = server.address() as AddressInfo;
+  const server = await startPublicServer(options, createRequestHandler(options, shutdown.signal));
   return {
-    port,
-    setCertificate: (tls) => server.setSecureContext({ ...tlsOf(tls), minVersion: "TLSv1.2" }),
+    ...server,
     async close(drainMs) {
       shutdown.abort(toConnectError(drainError(), ""));
-      const closed = new Promise<void>((resolve) => {
-        server.close(() => resolve());
-      });
-      for (const session of connections.sessions) session.close();
-      const timer = setTimeout(() => connections.destroyAll(), drainMs);
-      connections.endIdle();
-      await closed;
-      clearTimeout(timer);
+      await server.close(drainMs);
     },
   };
-}
-
-function tlsOf(tls: ListenerTls): { cert: string; key: string } {
-  return { cert: tls.certificateChainPem, key: tls.privateKeyPem };
 }
 
 // --- requests
@@ -110,14 +63,12 @@ function tlsOf(tls: ListenerTls): { cert: string; key: string } {
 function createRequestHandler(options: PublicListenerOptions, shutdownSignal: AbortSignal) {
   const pipeline: PipelineOptions = { ...options, shutdownSignal };
   const records = new WeakMap<Request, RequestRecord>();
-  const newRecord = (request: Request): RequestRecord => ({
-    requestId: randomUUID(),
-    address: request.socket.remoteAddress ?? "",
-    caller: anonymousCaller,
-    method: undefined,
-    isStream: false,
-    code: undefined,
-  });
+  const newRecord = createRecorder(options);
+  const recordFor = (request: Request): RequestRecord => {
+    const record = records.get(request);
+    if (record === undefined) throw new Error("a request came past the listener");
+    return record;
+  };
   const served = new Map<string, ServedMethod>();
   const serve = connectNodeAdapter({
     routes: (router) => {
@@ -131,11 +82,11 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
     shutdownSignal,
     requestGate: createGate(pipeline),
     interceptors: createInterceptors(pipeline),
-    contextValues: (request) => createRequestValues(records.get(request) ?? newRecord(request)),
+    contextValues: (request) => createRequestValues(recordFor(request)),
   });
   const allowedOrigins = new Set(options.corsOrigins);
   return (request: Request, response: Response): void => {
-    const record = newRecord(request);
+    const record = newRecord(request, response);
     records.set(request, record);
     logAccess(request, response, record, options);
     setHeaders(response, { "strict-transport-security": strictTransportSecurity });
@@ -165,6 +116,30 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
       response.statusCode = 400;
       response.end();
     }
+  };
+}
+
+/**
+ * Begins the records of requests. Callers who share a proxy's connections cannot be told apart by connections: each
+ * address has as many requests open as it would have connections.
+ */
+function createRecorder(options: PublicListenerOptions): (request: Request, response: Response) => RequestRecord {
+  const { trustedProxies } = options;
+  const slots = new AddressSlots(options.maxConnectionsPerAddress);
+  return (request, response) => {
+    const peer = request.socket.remoteAddress ?? "";
+    const address = trustedProxies.origin(peer, headerOf(request, "x-forwarded-for"));
+    const giveBack = trustedProxies.has(peer) ? slots.take(address) : () => undefined;
+    if (giveBack !== undefined) onceOf(response, "close", giveBack);
+    return {
+      requestId: randomUUID(),
+      address,
+      hasTooManyOpen: giveBack === undefined,
+      caller: anonymousCaller,
+      method: undefined,
+      isStream: false,
+      code: undefined,
+    };
   };
 }
 
@@ -267,65 +242,4 @@ function headerOf(request: Request, name: string): string | undefined {
 /** Requests of HTTP/1.1 and of HTTP/2 have the same events, in types that TypeScript cannot unite. */
 function onceOf(emitter: EventEmitter, event: string, listener: () => void): void {
   emitter.once(event, listener);
-}
-
-// --- connections
-
-type Connections = {
-  readonly sessions: ReadonlySet<ServerHttp2Session>;
-  /** Ends connections of HTTP/1.1 that wait for their next request. */
-  endIdle(): void;
-  destroyAll(): void;
-};
-
-function trackConnections(server: Http2SecureServer, options: PublicListenerOptions): Connections {
-  const sockets = new Set<Socket>();
-  const sessions = new Set<ServerHttp2Session>();
-  /** Sockets of HTTP/1.1 and how many requests are open on them. */
-  const http1 = new Map<Socket, number>();
-  const byAddress = new AddressConnections(options.maxConnectionsPerAddress);
-  server.on("connection", (socket: Socket) => {
-    if (!byAddress.admit(socket)) {
-      options.metrics.refusedConnections.inc();
-      return;
-    }
-    sockets.add(socket);
-    options.metrics.publicConnections.set(sockets.size);
-    socket.once("close", () => {
-      sockets.delete(socket);
-      options.metrics.publicConnections.set(sockets.size);
-    });
-  });
-  server.on("session", (session) => {
-    sessions.add(session);
-    session.setTimeout(idleConnectionMs, () => session.close());
-    session.once("close", () => sessions.delete(session));
-    session.on("error", (error) => options.log.debug({ err: error }, "a connection failed"));
-  });
-  server.on("secureConnection", (socket: TLSSocket) => {
-    if (socket.alpnProtocol === "h2") return;
-    http1.set(socket, 0);
-    socket.setTimeout(idleConnectionMs, () => socket.destroy());
-    socket.once("close", () => http1.delete(socket));
-  });
-  server.on("request", (request, response) => {
-    const { socket } = request;
-    if (!http1.has(socket)) return;
-    http1.set(socket, (http1.get(socket) ?? 0) + 1);
-    onceOf(response, "close", () => {
-      if (http1.has(socket)) http1.set(socket, (http1.get(socket) ?? 1) - 1);
-      if (!server.listening && http1.get(socket) === 0) socket.end();
-    });
-  });
-  server.on("tlsClientError", (error) => options.log.debug({ err: error }, "a TLS handshake failed"));
-  return {
-    sessions,
-    endIdle() {
-      for (const [socket, requests] of http1) if (requests === 0) socket.end();
-    },
-    destroyAll() {
-      for (const session of sessions) session.destroy();
-      for (const socket of sockets) socket.destroy();
-    },
-  };
 }

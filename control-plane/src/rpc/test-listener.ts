@@ -13,6 +13,7 @@ import { anonymousCaller, type Caller } from "./caller.ts";
 import { createMetrics, type Metrics } from "./metrics.ts";
 import { type PublicListener, type PublicListenerOptions, startPublicListener } from "./public-listener.ts";
 import { RateLimiter } from "./rate-limit.ts";
+import { TrustedProxies } from "./trusted-proxies.ts";
 import { RequestValidator } from "./validation.ts";
 
 export type TestListener = AsyncDisposable & {
@@ -69,6 +70,7 @@ export async function startTestListener(
     host: "127.0.0.1",
     port: 0,
     maxConnectionsPerAddress: 256,
+    trustedProxies: new TrustedProxies([]),
     tls: await authority.issueListenerCertificate(["localhost", "127.0.0.1"], now),
     corsOrigins: ["https://console.example"],
     routes,
@@ -82,7 +84,8 @@ export async function startTestListener(
     log: createLog("info", { write: (line) => lines.push(line) }),
     ...options,
   });
-  const url = `https://127.0.0.1:${listener.port}`;
+  const isPlain = "tls" in options && options.tls === undefined;
+  const url = `${isPlain ? "http" : "https"}://127.0.0.1:${listener.port}`;
   return {
     listener,
     url,
