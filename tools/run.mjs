@@ -10,19 +10,24 @@ import { withSetupLock } from "./setup/lock.mjs";
 import { findNode } from "./setup/node.mjs";
 import { installPackages, packagesMismatch } from "./setup/packages.mjs";
 import { missingOf, provide } from "./setup/system.mjs";
+import { findUnpacked, provideUnpacked, unpackedNames } from "./setup/unpacked.mjs";
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)));
 const progress = (line) => process.stderr.write(`set-up: ${line}\n`);
 
 const engineNeeds = ["engine", "busybox", "ip", "iptables", "namespaces"];
 
-/** Each command: its program, what it is for, what it needs, and whether it can do a part of its work without. */
+/**
+ * Each command: its program, what it is for, what it needs, whether it runs servers that are unpacked, and whether it
+ * can do a part of its work without.
+ */
 const commands = {
   start: { program: "tools/start/main.ts", what: "starts a control plane, an agent and a first instance here" },
   test: {
     program: "tools/test/main.ts",
     what: "runs the tests",
     needs: [...engineNeeds, "registry", "curl", "python", "browser", "clock"],
+    unpacks: true,
     partial: true,
   },
   check: { program: "tools/check/main.ts", what: "checks types, lint, format, schema, imports and more", needs: [] },
@@ -47,14 +52,17 @@ async function needsOfStart() {
 async function setUp(name) {
   const command = commands[name];
   const needs = command.needs ?? (await needsOfStart());
-  if (packagesMismatch(root) === undefined && missingOf(needs).length === 0) return;
+  const unpacks = command.unpacks === true && unpackedNames.some((program) => findUnpacked(program) === undefined);
+  if (packagesMismatch(root) === undefined && missingOf(needs).length === 0 && !unpacks) return;
   const onWait = () => progress("another run is setting up this checkout; waiting for it");
   await withSetupLock(root, onWait, async () => {
     await installPackages(root, progress);
-    const missing = await provide(needs, progress);
-    if (missing === undefined) return;
-    if (command.partial !== true) throw new SetupError(missing);
-    progress(`${missing} What needs it is skipped.`);
+    const missing = [await provide(needs, progress), unpacks ? await provideUnpacked(progress) : undefined];
+    for (const message of missing) {
+      if (message === undefined) continue;
+      if (command.partial !== true) throw new SetupError(message);
+      progress(`${message} What needs it is skipped.`);
+    }
   });
 }
 
