@@ -9,7 +9,8 @@ import { TestDatabaseServer } from "./database.ts";
 import { startTestEngine } from "./engine.ts";
 import { Program, runProgram } from "./process.ts";
 
-const controlPlaneProgram = new URL("../../control-plane/src/main.ts", import.meta.url).pathname;
+/** The control plane's command. */
+export const controlPlaneProgram = new URL("../../control-plane/src/main.ts", import.meta.url).pathname;
 const agentProgram = new URL("../../agent/src/main.ts", import.meta.url).pathname;
 
 /** The image of the tests: every engine of a system has it. */

@@ -282,8 +282,7 @@ describe("the database", () => {
         await end(row?.pid ?? 0);
         await tx.query("select 1");
       });
-      await assert.rejects(during, DatabaseAwayError);
-      await assert.rejects(between, DatabaseAwayError);
+      await Promise.all([assert.rejects(during, DatabaseAwayError), assert.rejects(between, DatabaseAwayError)]);
       const gone = new Database({
         app: { ...db.server.app, host: "/nonexistent" },
         system: { ...db.server.system, host: "/nonexistent" },

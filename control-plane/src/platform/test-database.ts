@@ -1,10 +1,11 @@
-// A real PostgreSQL for a test: in a folder of its own, migrated, gone afterwards.
+// A real PostgreSQL for a test: in a folder of its own, migrated, gone afterwards. The embedded one, or the one that the
+// environment names, by which the same tests run on another version.
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type pg from "pg";
 import { Database } from "./database.ts";
-import { startEmbeddedPostgres, type EmbeddedPostgres } from "./embedded-postgres.ts";
+import { type EmbeddedPostgres, type PostgresPrograms, startEmbeddedPostgres } from "./embedded-postgres.ts";
 import { createLog, type Log } from "./log.ts";
 import { migrate, readMigrations } from "./migrations.ts";
 import { Wakeups } from "./wakeups.ts";
@@ -29,7 +30,9 @@ export async function startTestDatabase(options: { readonly migrated?: boolean }
   try {
     stack.defer(() => rm(folder, { recursive: true, force: true }));
     const log = createLog("silent");
-    const server = stack.use(await startEmbeddedPostgres({ dataFolder: folder, durable: false, log }));
+    const server = stack.use(
+      await startEmbeddedPostgres({ dataFolder: folder, durable: false, programs: testPrograms(), log }),
+    );
     if (options.migrated ?? true) await migrate(server.migrator, await readMigrations());
     const database = stack.use(
       new Database({ app: server.app, system: server.system, maxConnectionsPerPool: 10, log }),
@@ -50,6 +53,17 @@ export async function startTestDatabase(options: { readonly migrated?: boolean }
     await stack.disposeAsync();
     throw error;
   }
+}
+
+/** Where `bin/postgres` is, if the tests shall not use the embedded PostgreSQL. */
+export const testPostgresVariable = "CLODEI_TEST_POSTGRES";
+/** Folders of libraries that it needs beside the system's. */
+export const testPostgresLibrariesVariable = "CLODEI_TEST_POSTGRES_LIBRARIES";
+
+function testPrograms(): PostgresPrograms | undefined {
+  const folder = process.env[testPostgresVariable];
+  if (folder === undefined || folder === "") return undefined;
+  return { folder, libraries: process.env[testPostgresLibrariesVariable] ?? "" };
 }
 
 /** A login as a URL. */

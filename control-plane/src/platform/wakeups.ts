@@ -1,6 +1,7 @@
 // Hints between the parts of one process and between replicas: "look again at this". They are sent after commit,
 // coalesced, on a connection of their own, because NOTIFY inside a transaction takes one lock for the whole
-// cluster at commit. They carry names only. Every receiver polls as well, so that a lost hint costs time alone.
+// cluster at commit. They carry names only. Every receiver polls as well, so that a lost hint costs time alone. Behind a
+// pooler there are none between replicas: one in transaction mode would give the connection that listens to others.
 import { randomUUID } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import pg from "pg";
@@ -148,6 +149,12 @@ export class Wakeups implements AsyncDisposable {
       client.on("notification", (message) => this.#receive(message.payload));
       try {
         await client.connect();
+        if (await isPooled(client)) {
+          this.#log.warn(pooledMessage);
+          await client.end();
+          attempted();
+          return;
+        }
         await client.query(`listen ${channel}`);
         this.#client = client;
         delayMs = firstReconnectMs;
@@ -166,6 +173,16 @@ export class Wakeups implements AsyncDisposable {
       delayMs = Math.min(delayMs * 2, lastReconnectMs);
     }
   }
+}
+
+const pooledMessage =
+  "a pooler stands between this process and the database: replicas send each other no hints, and find each other's " +
+  "changes by polling; for hints, let DATABASE_SYSTEM_URL lead past it";
+
+/** Whether the session that answers is another than the one that was opened: a pooler has sessions of its own. */
+async function isPooled(client: pg.Client): Promise<boolean> {
+  const result = await client.query<{ pid: number }>("select pg_backend_pid() as pid");
+  return result.rows[0]?.pid !== Reflect.get(client, "processID");
 }
 
 function parsePayload(payload: string | undefined): string[] {
