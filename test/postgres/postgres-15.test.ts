@@ -47,7 +47,7 @@ function runOn15(file: string): Promise<string> {
   const { promise, resolve, reject } = Promise.withResolvers<string>();
   const { NODE_TEST_CONTEXT: _ofThisProcess, ...environment } = process.env;
   const options = { cwd: root, env: { ...environment, ...postgres15() }, timeout: fileTimeoutMs };
-  execFile(process.execPath, ["--test", "--test-reporter=tap", file], options, (error, stdout, stderr) => {
+  execFile(process.execPath, ["--test-reporter=tap", file], options, (error, stdout, stderr) => {
     if (error === null) resolve(stdout);
     else reject(new Error(`${file} fails on PostgreSQL 15:\n${stdout}${stderr}`, { cause: error }));
   });

@@ -57,6 +57,9 @@ const http2Options = {
   maxSessionMemory: maxSessionMemoryMb,
 } as const;
 
+/** A proxy asks again on a connection that it has: one that we end at that moment costs a caller its request. */
+const http1Options = { keepAliveTimeout: idleConnectionMs } as const;
+
 /** Opens the server. */
 export async function startPublicServer(options: PublicServerOptions, handler: RequestHandler): Promise<PublicServer> {
   const connections = new Connections(options);
@@ -99,6 +102,7 @@ function createTlsServer(
       ...tlsOf(tls),
       ...http2Options,
       allowHTTP1: true,
+      http1Options,
       minVersion: "TLSv1.2",
       handshakeTimeout: handshakeTimeoutMs,
     },
@@ -119,8 +123,7 @@ function createTlsServer(
 function createPlainServer(options: PublicServerOptions, connections: Connections, handler: RequestHandler): Server {
   const { trustedProxies, metrics, log } = options;
   const http2Server = createHttp2Server(http2Options, handler);
-  // A proxy asks again on a connection that it has: one that we end at that moment costs a caller its request.
-  const http1Server = createHttp1Server({ keepAliveTimeout: idleConnectionMs }, handler);
+  const http1Server = createHttp1Server(http1Options, handler);
   http2Server.on("session", (session) => connections.addSession(session));
   for (const server of [http2Server, http1Server]) {
     server.on("request", (request: Request, response: Response) => connections.countRequest(request, response));
