@@ -65,3 +65,8 @@ export function parseLogLevel(text: string): LogLevel {
   if (level === undefined) throw new Error(`must be one of ${logLevels.join(", ")}`);
   return level;
 }
+
+/** Whether a host, as a URL has it, is this machine. */
+export function isLoopback(host: string): boolean {
+  return host === "localhost" || host === "[::1]" || host === "::1" || /^127\.\d+\.\d+\.\d+$/.test(host);
+}

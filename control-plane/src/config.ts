@@ -5,6 +5,7 @@ import { resolve } from "node:path";
 import { defaultImageAllowlist } from "@clodei/proto/image-reference";
 import { euAndEeaCountries } from "@clodei/proto/locations";
 import {
+  isLoopback,
   parseCountries,
   parseEndpoint,
   parseInteger,
@@ -419,10 +420,6 @@ function originProblems(text: string): string[] {
     return [`CLODEI_CORS_ORIGINS: ${JSON.stringify(text)} is not an origin, like https://console.example`];
   if (url.protocol === "https:" || isLoopback(url.hostname)) return [];
   return [`CLODEI_CORS_ORIGINS: ${JSON.stringify(text)} is not https`];
-}
-
-function isLoopback(host: string): boolean {
-  return host === "localhost" || host === "[::1]" || host === "::1" || /^127\.\d+\.\d+\.\d+$/.test(host);
 }
 
 /** Where the configuration says that the database is. */

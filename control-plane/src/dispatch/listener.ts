@@ -125,24 +125,7 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
     server.forceShutdown();
     throw error;
   });
-  const leases = startReconciler({
-    name: "node-leases",
-    topics: [],
-    intervalMs: leaseCheckMs,
-    wakeups: deps.wakeups,
-    log,
-    run: async () => {
-      while ((await deps.database.system((tx) => deps.nodes.expireLeases(tx))).length > 0);
-    },
-  });
-  const sharedGpus = startReconciler({
-    name: "shared-gpus",
-    topics: ["nodes"],
-    intervalMs: sharedGpusCheckMs,
-    wakeups: deps.wakeups,
-    log,
-    run: () => deps.database.system((tx) => deps.nodes.noteSharedGpus(tx)),
-  });
+  const reconcilers = startReconcilers(deps);
   const certificates = keepCertificateFresh({ listener: "node", first, obtain, use, log });
   const endpoint = `${bracketed(config.publicNames[0] ?? config.host)}:${port}`;
   log.info({ endpoint }, "the node listener serves");
@@ -159,8 +142,7 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
     injector.destroy();
     await stopped;
     clearTimeout(cut);
-    await leases[Symbol.asyncDispose]();
-    await sharedGpus[Symbol.asyncDispose]();
+    await reconcilers[Symbol.asyncDispose]();
     await parts.keeper[Symbol.asyncDispose]();
     await parts.heartbeats[Symbol.asyncDispose]();
     server.forceShutdown();
@@ -174,6 +156,34 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
     renewCertificate: async () => use(await obtain()),
     close: () => (closing ??= close()),
   };
+}
+
+/** What looks at all nodes, connected here or not: each replica does, and the first one changes something. */
+function startReconcilers({ database, nodes, wakeups, log }: NodeListenerDeps): AsyncDisposable {
+  const stack = new AsyncDisposableStack();
+  stack.use(
+    startReconciler({
+      name: "node-leases",
+      topics: [],
+      intervalMs: leaseCheckMs,
+      wakeups,
+      log,
+      run: async () => {
+        while ((await database.system((tx) => nodes.expireLeases(tx))).length > 0);
+      },
+    }),
+  );
+  stack.use(
+    startReconciler({
+      name: "shared-gpus",
+      topics: ["nodes"],
+      intervalMs: sharedGpusCheckMs,
+      wakeups,
+      log,
+      run: () => database.system((tx) => nodes.noteSharedGpus(tx)),
+    }),
+  );
+  return stack;
 }
 
 type Parts = {
