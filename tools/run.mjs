@@ -1,4 +1,4 @@
-// The launcher behind `npm start`, `npm test`, `npm run check`, `npm run bench` and `npm run generate`.
+// The launcher behind `npm start`, `npm test`, `npm run check`, `npm run bench`, `npm run build` and `npm run generate`.
 // Plain JavaScript for Node 20: it runs before anything is installed, installs what is missing, and then runs the
 // command's TypeScript under the pinned Node. What is there is not touched, so a second run starts at once.
 import { dirname, join } from "node:path";
@@ -32,6 +32,7 @@ const commands = {
   },
   check: { program: "tools/check/main.ts", what: "checks types, lint, format, schema, imports and more", needs: [] },
   bench: { program: "test/bench/main.ts", what: "measures against bare tools", needs: engineNeeds },
+  build: { program: "tools/build/main.ts", what: "builds what production runs", needs: [] },
   generate: { program: "tools/generate/main.ts", what: "regenerates what is generated", needs: [] },
 };
 
