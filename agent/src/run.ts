@@ -5,6 +5,7 @@ import { getServers } from "node:dns";
 import { isIPv4 } from "node:net";
 import { join } from "node:path";
 import type { GpuModel } from "@clodei/proto/gpu-models";
+import { createValidator } from "@bufbuild/protovalidate";
 import type { Logger } from "pino";
 import type { InventoryConfig, RunConfig } from "./config.ts";
 import { ContainerEngine } from "./containers/engine.ts";
@@ -92,7 +93,8 @@ export async function runAgent(options: {
   });
   const engine = openEngine(config, identity, state.paths, inventory);
   const logs = new LogStore({ folder: state.paths.logs, engine });
-  const judge = new Judge({ imageAllowlist: config.imageAllowlist, inventory: () => inventory.current() });
+  const validator = createValidator();
+  const judge = new Judge({ validator, imageAllowlist: config.imageAllowlist, inventory: () => inventory.current() });
   const { minFreeMib, usageIntervalMs } = config;
   const parts = { engine, logs, journal, judge, clock, log, paths: state.paths };
   const worker = new Worker({ ...parts, minFreeMib, usageIntervalMs });
@@ -121,6 +123,7 @@ export async function runAgent(options: {
     worker,
     journal,
     inventory,
+    validator,
     logs,
     log,
     onStanding,

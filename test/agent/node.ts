@@ -14,6 +14,7 @@ import {
   DesiredState,
   type UsageInterval,
 } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import { createValidator } from "@bufbuild/protovalidate";
 import { HostSchema, NodeInventorySchema } from "@clodei/proto/gen/clodei/v1/inventory";
 import { type InstanceId, newId, type NodeId } from "@clodei/proto/ids";
 import { pino } from "pino";
@@ -91,7 +92,11 @@ export class TestNode implements AsyncDisposable {
       engine,
       logs: new LogStore({ folder: state.paths.logs, engine }),
       journal,
-      judge: new Judge({ imageAllowlist: ["docker.io/library/"], inventory: () => inventory }),
+      judge: new Judge({
+        validator: createValidator(),
+        imageAllowlist: ["docker.io/library/"],
+        inventory: () => inventory,
+      }),
       clock: readBootClock(),
       paths: state.paths,
       minFreeMib: options.minFreeMib ?? 1,

@@ -1,10 +1,8 @@
 // The node's private key: P-256, made here and never sent. What leaves is a certificate request, of which the control
 // plane takes the public key alone.
 
-import "reflect-metadata";
 import { createPrivateKey, sign } from "node:crypto";
 import type { KeyObject } from "node:crypto";
-import { Pkcs10CertificateRequestGenerator } from "@peculiar/x509";
 
 /** A private key and its PEM form. */
 export interface NodeKey {
@@ -38,6 +36,9 @@ export async function certificateRequest(key: NodeKey): Promise<Uint8Array<Array
   const jwk = await crypto.subtle.exportKey("jwk", privateKey);
   const publicJwk = { kty: "EC", crv: "P-256", x: jwk.x ?? "", y: jwk.y ?? "" };
   const publicKey = await crypto.subtle.importKey("jwk", publicJwk, algorithm, true, ["verify"]);
+  // Loaded when it is needed, twice a day: an agent at rest goes without its 3 MB.
+  await import("reflect-metadata");
+  const { Pkcs10CertificateRequestGenerator } = await import("@peculiar/x509");
   const request = await Pkcs10CertificateRequestGenerator.create({
     name: "CN=clodei-node",
     keys: { privateKey, publicKey },

@@ -3,6 +3,7 @@ import assert from "node:assert/strict";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { createValidator } from "@bufbuild/protovalidate";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { AttemptPhase, NodeLinkService } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { UploadLogsRequest } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
@@ -112,7 +113,8 @@ async function withLink(
   const log = pino({ level: "silent" });
   const logs = new LogStore({ folder: state.paths.logs, engine });
   const clock = readBootClock();
-  const judge = new Judge({ imageAllowlist: [], inventory: () => inventory.current() });
+  const validator = createValidator();
+  const judge = new Judge({ validator, imageAllowlist: [], inventory: () => inventory.current() });
   const worker = new Worker({
     engine,
     logs,
@@ -131,6 +133,7 @@ async function withLink(
     worker,
     journal,
     inventory,
+    validator,
     logs,
     log,
     agentVersion: "1",

@@ -1,7 +1,7 @@
 // One session: Hello, Welcome, then whatever either side has to say, until it ends. Everything that a message causes
 // is level-triggered, so a session may break at any point and the next one makes it good.
 
-import { createValidator } from "@bufbuild/protovalidate";
+import type { Validator } from "@bufbuild/protovalidate";
 import { create } from "@bufbuild/protobuf";
 import { durationMs, timestampFromDate, timestampMs } from "@bufbuild/protobuf/wkt";
 import type { Client } from "@connectrpc/connect";
@@ -45,9 +45,20 @@ const maxGoodbyeCharacters = 1024;
 /** What a session works with. */
 export interface SessionOptions {
   readonly client: Client<typeof NodeLinkService>;
-  readonly worker: Worker;
+  readonly worker: Pick<
+    Worker,
+    | "acceptance"
+    | "applyDesiredSet"
+    | "beginSession"
+    | "containers"
+    | "observedGeneration"
+    | "onAcceptance"
+    | "setServerTime"
+  >;
   readonly journal: Journal;
-  readonly inventory: Inventory;
+  readonly inventory: Pick<Inventory, "current" | "gpuStatuses" | "onChange">;
+  /** One for all sessions: its first look at a kind of message takes a tenth of a second. */
+  readonly validator: Validator;
   readonly logs: LogStore;
   readonly agentVersion: string;
   readonly bootId: string;
@@ -71,7 +82,6 @@ export class Session {
   readonly #options: SessionOptions;
   readonly #outbox = new Outbox();
   readonly #controller = new AbortController();
-  readonly #validator = createValidator();
   #reports: Reports | undefined;
   #uploads: LogUploads | undefined;
   #goodbye: SessionEnd | undefined;
@@ -182,7 +192,7 @@ export class Session {
     const { message } = response;
     // A desired set is judged by the worker: one bad specification ends one attempt and not the session.
     if (message.case !== "desiredSet") {
-      const result = this.#validator.validate(SessionResponseSchema, response);
+      const result = this.#options.validator.validate(SessionResponseSchema, response);
       if (result.kind !== "valid") return this.#refuse(result.error.message);
     }
     if (!this.#welcomed && message.case !== "welcome" && message.case !== "goodbye")

@@ -1,7 +1,6 @@
 // The agent's own judgment of a container, whatever the control plane asked for: the schema's rules, the policy of
 // this node's configuration, and the GPUs that this node really has.
 
-import { createValidator } from "@bufbuild/protovalidate";
 import type { Validator } from "@bufbuild/protovalidate";
 import { checkContainer } from "@clodei/proto/container-policy";
 import {
@@ -41,8 +40,12 @@ export class Judge {
   readonly #imageAllowlist: readonly string[];
   readonly #inventory: () => NodeInventory;
 
-  constructor(options: { readonly imageAllowlist: readonly string[]; readonly inventory: () => NodeInventory }) {
-    this.#validator = createValidator();
+  constructor(options: {
+    readonly validator: Validator;
+    readonly imageAllowlist: readonly string[];
+    readonly inventory: () => NodeInventory;
+  }) {
+    this.#validator = options.validator;
     this.#imageAllowlist = options.imageAllowlist;
     this.#inventory = options.inventory;
     // The first validation compiles the rules for up to 270 ms: not on the way of the first customer.
