@@ -31,8 +31,8 @@ export interface OutputBatch {
 export const fileNameBytes = 22;
 const currentName = "container.log";
 const olderName = "container.log.1";
-/** Large, because a flood is written by two processes and read by one. */
-const readBytes = 1024 * 1024;
+/** Some hundred lines: with thousands at once, most of them outlive the nursery, and the collector costs more than they. */
+const readBytes = 128 * 1024;
 /** Files that wait to be read. Each keeps 32 MiB on the disk; what comes when there are so many is lost. */
 const maxWaitingFiles = 8;
 
