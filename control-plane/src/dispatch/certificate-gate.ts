@@ -53,9 +53,16 @@ export class CertificateGate {
     const serials = [...new Set(peers.map((peer) => peer.certificateSerial))];
     // Taken before the question: an answer is as old as the moment in which it was asked for.
     const atMs = performance.now();
-    const checks = await this.#nodes.checkCertificates(tx, serials);
+    // Taken before the question as well: meanwhile the memory may be cleared.
+    const known = new Map(serials.map((serial) => [serial, this.#remembered.get(serial)?.check]));
+    const good = serials.filter((serial) => isGood(known.get(serial)));
+    const ended = good.length === 0 ? [] : await this.#nodes.endedCertificates(tx, good);
+    for (const serial of ended) known.delete(serial);
+    const doubtful = serials.filter((serial) => !isGood(known.get(serial)));
+    const checks = doubtful.length === 0 ? undefined : await this.#nodes.checkCertificates(tx, doubtful);
+    for (const serial of doubtful) known.set(serial, checks?.get(serial));
     if (this.#remembered.size + serials.length > this.#limits.maxCachedCertificates) this.#remembered.clear();
-    for (const serial of serials) this.#remembered.set(serial, { check: checks.get(serial), atMs });
+    for (const [serial, check] of known) this.#remembered.set(serial, { check, atMs });
   }
 
   #judge(peer: Peer, check: CertificateCheck | undefined): Refusal | undefined {
@@ -74,6 +81,11 @@ export class CertificateGate {
     }
     return undefined;
   }
+}
+
+/** Whether nothing but an event can make it bad, or the time, which is asked at every judgment. */
+function isGood(check: CertificateCheck | undefined): boolean {
+  return check !== undefined && check.fault === undefined && check.state !== "revoked" && check.state !== "quarantined";
 }
 
 function certificateInvalid(message: string): Refusal {

@@ -72,14 +72,8 @@ export class Conversation {
       certificateSerial: link.peer.certificateSerial,
     });
     const incoming = link.incoming();
-    const hello = await this.#awaitHello(link, incoming);
-    if (hello === undefined) return;
-    const session = await this.#welcome(link, hello);
+    const session = await this.#begin(link, incoming);
     if (session === undefined) return;
-    this.#options.log.info(
-      { nodeId: session.nodeId, sessionId: session.id, agentVersion: hello.agentVersion },
-      "a node's session began",
-    );
     try {
       for await (const received of incoming) {
         const message = await this.#accept(link, received);
@@ -124,6 +118,22 @@ export class Conversation {
         await sleep(databaseRetryMs * (0.5 + Math.random()), undefined, { signal: link.ended }).catch(() => undefined);
       }
     }
+  }
+
+  /** In a function of its own: Hello's inventory goes with it, and does not stay for as long as the session. */
+  async #begin(
+    link: SessionLink,
+    incoming: AsyncGenerator<Received<typeof SessionRequestSchema>>,
+  ): Promise<NodeSession | undefined> {
+    const hello = await this.#awaitHello(link, incoming);
+    if (hello === undefined) return undefined;
+    const session = await this.#welcome(link, hello);
+    if (session === undefined) return undefined;
+    this.#options.log.info(
+      { nodeId: session.nodeId, sessionId: session.id, agentVersion: hello.agentVersion },
+      "a node's session began",
+    );
+    return session;
   }
 
   async #awaitHello(

@@ -10,11 +10,14 @@ import type { NodeId } from "@clodei/proto/ids";
 import type { SessionLink } from "./session.ts";
 import type { PendingReconcile } from "./session-claims.ts";
 
+/** What of a Hello is asked for as long as the session stands. The rest, its inventory above all, goes. */
+export type KeptHello = Pick<Hello, "journalId" | "bootId" | "containers">;
+
 /** A session that is the node's, as far as this process knows. */
 export class NodeSession {
   readonly id: string;
   readonly link: SessionLink;
-  readonly hello: Hello;
+  readonly hello: KeptHello;
   /** What Hello said of the containers, while the journal is not committed up to there. */
   reconcileAfter: PendingReconcile | undefined;
   readonly beganAtMs = performance.now();
@@ -35,7 +38,8 @@ export class NodeSession {
   }) {
     this.id = options.id;
     this.link = options.link;
-    this.hello = options.hello;
+    const { journalId, bootId, containers } = options.hello;
+    this.hello = { journalId, bootId, containers };
     this.#acknowledged = options.acknowledgedSequence;
     this.reconcileAfter = options.reconcileAfter;
   }
@@ -55,12 +59,17 @@ export class NodeSession {
     this.link.send({ case: "ack", value: create(AckSchema, { sequence: this.#acknowledged, heartbeatSequence }) });
   }
 
+  /** The generation of the set that was sent last; one before all where none was. */
+  get sentGeneration(): bigint {
+    return this.#sentGeneration ?? -1n;
+  }
+
   /**
    * Whether a desired set of this generation is to be sent: it is newer than the one sent, and that one has left.
    * A set that waits is overtaken by the next one, so at most one of them is ever queued.
    */
   wantsDesired(generation: bigint): boolean {
-    if (this.#sentGeneration !== undefined && generation <= this.#sentGeneration) return false;
+    if (generation <= this.sentGeneration) return false;
     if (this.#sendingDesired) this.#overtaken = true;
     return !this.#sendingDesired;
   }

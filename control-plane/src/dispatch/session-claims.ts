@@ -210,7 +210,7 @@ export async function reconcileContainers(
   tx: SystemTx,
   instances: InstancesService,
   nodeId: NodeId,
-  hello: Hello,
+  hello: Pick<Hello, "bootId" | "containers">,
   bootChanged: boolean,
 ): Promise<void> {
   await instances.reconcileHello(tx, nodeId, bootChanged, hello.containers);

@@ -9,11 +9,11 @@ import type { NodesService } from "../nodes/service.ts";
 import type { Database } from "../platform/database.ts";
 import type { Log } from "../platform/log.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
-import type { CertificateGate, Refusal } from "./certificate-gate.ts";
+import type { CertificateGate } from "./certificate-gate.ts";
 import type { DispatchMetrics } from "./metrics.ts";
 import type { NodeSession } from "./node-session.ts";
 import { reconcileContainers } from "./session-claims.ts";
-import { readSessions, type SessionRow } from "./store.ts";
+import { readUnsettledSessions, type SessionRow } from "./store.ts";
 
 /** What keeping sessions needs. */
 export type SessionKeeperOptions = {
@@ -146,10 +146,18 @@ export class SessionKeeper implements AsyncDisposable {
   async #pass(nodeIds: readonly NodeId[], full: boolean): Promise<void> {
     const sessions = nodeIds.flatMap((nodeId) => this.#held.get(nodeId)?.session ?? []).filter(isLive);
     if (sessions.length === 0) return;
-    const { rows, sets } = await this.#read(sessions);
+    const { unsettled, sets } = await this.#read(sessions);
     for (const session of sessions) {
       const refusal = await this.#options.gate.refusal(session.link.peer);
-      this.#align(session, rows.get(session.nodeId), refusal);
+      const row = unsettled.get(session.nodeId);
+      if (row !== undefined && row.sessionId !== session.id) {
+        // Before the certificate: a renewal supersedes the certificate of the session that it replaces.
+        session.link.goodbye(ErrorReason.SESSION_REPLACED, replacedMessage);
+      } else if (refusal !== undefined) {
+        session.link.goodbye(refusal.reason, refusal.message, { cut: true });
+      } else if (unsettled.has(session.nodeId)) {
+        settle(session, row);
+      }
       if (full) await this.#checkPatience(session);
       const set = sets.get(session);
       if (set !== undefined && isLive(session)) this.#sendDesired(session, set);
@@ -159,15 +167,16 @@ export class SessionKeeper implements AsyncDisposable {
   /** One snapshot of all of them, and the sets of those nodes whose generation grew. */
   #read(
     sessions: readonly NodeSession[],
-  ): Promise<{ rows: Map<NodeId, SessionRow>; sets: Map<NodeSession, DesiredSet> }> {
+  ): Promise<{ unsettled: ReadonlyMap<NodeId, SessionRow | undefined>; sets: Map<NodeSession, DesiredSet> }> {
     const { database, nodes, instances } = this.#options;
     return database.system(
       async (tx) => {
         const peers = sessions.map((session) => session.link.peer);
         await this.#options.gate.refresh(tx, peers);
-        const nodeIds = sessions.map((session) => session.nodeId);
-        const rows = new Map((await readSessions(tx, nodeIds)).map((row) => [row.nodeId, row]));
-        const generations = await nodes.desiredGenerations(tx, nodeIds);
+        const held = sessions.map(({ nodeId, id: sessionId }) => ({ nodeId, sessionId }));
+        const unsettled = await readUnsettledSessions(tx, held);
+        const sent = new Map(sessions.map((session) => [session.nodeId, session.sentGeneration]));
+        const generations = await nodes.newerGenerations(tx, sent);
         const sets = new Map<NodeSession, DesiredSet>();
         for (const session of sessions) {
           const generation = generations.get(session.nodeId);
@@ -175,32 +184,14 @@ export class SessionKeeper implements AsyncDisposable {
           // Not before Hello's containers were looked at: what is lost must not be taken for what is to be started.
           if (session.reconcileAfter !== undefined) continue;
           // A session that is no longer the node's learns nothing more.
-          if (rows.get(session.nodeId)?.sessionId !== session.id) continue;
+          if (unsettled.has(session.nodeId) && unsettled.get(session.nodeId)?.sessionId !== session.id) continue;
           sets.set(session, await instances.desiredSet(tx, session.nodeId, generation));
         }
-        return { rows, sets };
+        return { unsettled, sets };
       },
       // One snapshot: a set must not be older than the generation that it is sent under.
       { isolation: "repeatable read" },
     );
-  }
-
-  #align(session: NodeSession, row: SessionRow | undefined, refusal: Refusal | undefined): void {
-    // Before the certificate: a renewal supersedes the certificate of the session that it replaces.
-    if (row !== undefined && row.sessionId !== session.id) {
-      session.link.goodbye(ErrorReason.SESSION_REPLACED, replacedMessage);
-      return;
-    }
-    if (refusal !== undefined) {
-      session.link.goodbye(refusal.reason, refusal.message, { cut: true });
-      return;
-    }
-    // No row: the database is an older copy of itself.
-    if (row === undefined || row.endTime !== undefined) {
-      session.link.goodbye(ErrorReason.UNAVAILABLE, "the session ended");
-      return;
-    }
-    if (row.probe !== undefined && row.probe.replyTime === undefined) session.probe(row.probe.nonce);
   }
 
   /** Ends what has taken too long. */
@@ -231,6 +222,14 @@ export class SessionKeeper implements AsyncDisposable {
 }
 
 const replacedMessage = "a newer session of this node replaced this one";
+
+/** Does what the database says of a session that is its node's, or of which the database knows nothing. */
+function settle(session: NodeSession, row: SessionRow | undefined): void {
+  // No row: the database is an older copy of itself.
+  if (row === undefined || row.endTime !== undefined)
+    session.link.goodbye(ErrorReason.UNAVAILABLE, "the session ended");
+  else if (row.probe !== undefined && row.probe.replyTime === undefined) session.probe(row.probe.nonce);
+}
 
 function isLive(session: NodeSession): boolean {
   return !session.link.ended.aborted && session.link.goodbyeReason === undefined;

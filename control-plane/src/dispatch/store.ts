@@ -72,6 +72,28 @@ export async function readSessions(tx: SystemTx, nodeIds: readonly NodeId[]): Pr
   return rows.map(toSession);
 }
 
+/**
+ * Of sessions that a process holds, those about which there is something to do: another one took the node (or there is
+ * none, which is undefined), it was ended, or it is being asked for. Asked for all of them every second: what is in order
+ * is not in the answer.
+ */
+export async function readUnsettledSessions(
+  tx: SystemTx,
+  held: readonly { readonly nodeId: NodeId; readonly sessionId: string }[],
+): Promise<ReadonlyMap<NodeId, SessionRow | undefined>> {
+  const nodes = await tx.query<{ node_id: NodeId }>(
+    `select held.node_id from unnest($1::text[], $2::text[]) as held(node_id, session_id)
+     left join node_sessions s on s.node_id = held.node_id
+     where s.session_id is distinct from held.session_id or s.end_time is not null
+       or (s.probe_nonce is not null and s.probe_reply_time is null)`,
+    [held.map(({ nodeId }) => nodeId), held.map(({ sessionId }) => sessionId)],
+  );
+  const nodeIds = nodes.map((row) => row.node_id);
+  const rows = nodeIds.length === 0 ? [] : await readSessions(tx, nodeIds);
+  const found = new Map(rows.map((row) => [row.nodeId, row]));
+  return new Map(nodeIds.map((nodeId) => [nodeId, found.get(nodeId)]));
+}
+
 /** Makes a session the node's, in place of the one before. */
 export async function replaceSession(tx: SystemTx, session: NewSession): Promise<void> {
   await tx.execute(

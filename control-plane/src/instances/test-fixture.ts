@@ -182,7 +182,7 @@ let sequence = 0n;
 /** The desired set of a node, as dispatch would send it now. */
 export function readDesiredSet({ db, nodes, instances }: Fixture, nodeId: NodeId): Promise<DesiredSet> {
   return db.database.system(async (tx) => {
-    const generations = await nodes.desiredGenerations(tx, [nodeId]);
+    const generations = await nodes.newerGenerations(tx, new Map([[nodeId, -1n]]));
     return instances.desiredSet(tx, nodeId, generations.get(nodeId) ?? 0n);
   });
 }

@@ -207,6 +207,22 @@ describe("decisions", () => {
     assert.ok(!known.some((node) => node.nodeId === nodeId));
   });
 
+  test("of certificates that were good, those are named that are so no more", async () => {
+    const enrolled = [await fleet.enrollNode(), await fleet.enrollNode(), await fleet.enrollNode()];
+    const serials = enrolled.map(({ identity }) => fleet.authority.issued(identity.certificate)?.serial ?? "");
+    const [good = "", quarantined = "", revoked = ""] = serials;
+    const ended = async (asked: readonly string[]): Promise<Set<string>> =>
+      new Set(await fleet.db.database.system((tx) => fleet.nodes.endedCertificates(tx, asked)));
+    assert.deepEqual(await ended(serials), new Set());
+    await fleet.db.database.system(async (tx) => {
+      const [, second, third] = enrolled.map(({ identity }) => identity.node.nodeId);
+      if (second !== undefined) await fleet.nodes.quarantine(tx, second, "twice");
+      if (third !== undefined) await revokeNode(tx, third, "", fleet.now(), fleet.db.wakeups);
+    });
+    assert.deepEqual(await ended([...serials, "00"]), new Set([quarantined, revoked, "00"]));
+    assert.deepEqual(await ended([good]), new Set());
+  });
+
   test("hints follow the commit: who holds the session hears of a revocation at once", async () => {
     const nodeId = await newNode();
     const heard: string[] = [];

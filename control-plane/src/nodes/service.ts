@@ -9,7 +9,7 @@ import type { Clock } from "../platform/clock.ts";
 import type { SystemTx, Tx } from "../platform/database.ts";
 import type { Log } from "../platform/log.ts";
 import type { Enrollment, Identity } from "./enrollment.ts";
-import { markCertificateUsed, readCertificates } from "./enrollment-store.ts";
+import { markCertificateUsed, readCertificates, readEndedCertificates } from "./enrollment-store.ts";
 import {
   type CertificateCheck,
   certificateFault,
@@ -90,6 +90,14 @@ export class NodesService {
         },
       ]),
     );
+  }
+
+  /**
+   * Of certificates that were good when they were checked last, those that are not any more, but for the time: its
+   * passing needs no question.
+   */
+  endedCertificates(tx: SystemTx, serials: readonly string[]): Promise<string[]> {
+    return readEndedCertificates(tx, serials);
   }
 
   /**
@@ -232,9 +240,12 @@ export class NodesService {
     return generation;
   }
 
-  /** The generations of these nodes' desired sets: cheap enough to be asked every second for all sessions. */
-  desiredGenerations(tx: SystemTx, nodeIds: readonly NodeId[]): Promise<ReadonlyMap<NodeId, bigint>> {
-    return store.readDesiredGenerations(tx, nodeIds);
+  /**
+   * Of nodes whose desired sets are known in these generations, those that have newer ones: little enough to be asked
+   * every second for all sessions.
+   */
+  newerGenerations(tx: SystemTx, known: ReadonlyMap<NodeId, bigint>): Promise<ReadonlyMap<NodeId, bigint>> {
+    return store.readNewerGenerations(tx, known);
   }
 
   /** Every node that is not revoked, with its inventory: what placement chooses from (see `takesNewWork`). */

@@ -360,14 +360,15 @@ export async function readEnrollmentEpoch(tx: SystemTx, nodeId: NodeId): Promise
   return row?.enrollment_epoch;
 }
 
-/** The generation of each node's desired set, without reading their inventories. */
-export async function readDesiredGenerations(
+/** The generations of those nodes' desired sets that are newer than the ones given. */
+export async function readNewerGenerations(
   tx: SystemTx,
-  nodeIds: readonly NodeId[],
+  known: ReadonlyMap<NodeId, bigint>,
 ): Promise<ReadonlyMap<NodeId, bigint>> {
   const rows = await tx.query<{ id: NodeId; desired_generation: bigint }>(
-    "select id, desired_generation from nodes where id = any($1)",
-    [nodeIds],
+    `select n.id, n.desired_generation from unnest($1::text[], $2::int8[]) as known(id, generation)
+     join nodes n on n.id = known.id where n.desired_generation > known.generation`,
+    [[...known.keys()], [...known.values()].map(String)],
   );
   return new Map(rows.map((row) => [row.id, row.desired_generation]));
 }
