@@ -1,9 +1,17 @@
 // `npm run bench [NAME]`: runs one bench, or all, and prints one line of JSON a figure.
 import { engineUnavailable } from "../harness/engine.ts";
 import { type Figure, printFigure } from "./figures.ts";
+import { benchIdle } from "./idle.ts";
+import { benchStreams } from "./streams.ts";
+import { benchLogs } from "./logs.ts";
 import { benchStart } from "./start.ts";
 
-const benches: Readonly<Record<string, () => Promise<Figure[]>>> = { start: benchStart };
+const benches: Readonly<Record<string, () => Promise<Figure[]>>> = {
+  start: benchStart,
+  idle: benchIdle,
+  streams: benchStreams,
+  logs: benchLogs,
+};
 
 const help = `usage: npm run bench [-- NAME ...]
 

@@ -9,9 +9,19 @@ import { TestDatabaseServer } from "./database.ts";
 import { startTestEngine } from "./engine.ts";
 import { Program, runProgram } from "./process.ts";
 
+/** What Node is given to run our programs: as they stand, where a bench does not hand in built ones. */
+export interface Programs {
+  readonly controlPlane: readonly string[];
+  readonly agent: readonly string[];
+}
+
 /** The control plane's command. */
 export const controlPlaneProgram = new URL("../../control-plane/src/main.ts", import.meta.url).pathname;
-const agentProgram = new URL("../../agent/src/main.ts", import.meta.url).pathname;
+
+const sources: Programs = {
+  controlPlane: [controlPlaneProgram],
+  agent: [new URL("../../agent/src/main.ts", import.meta.url).pathname],
+};
 
 /** The image of the tests: every engine of a system has it. */
 export const testImage = "docker.io/library/busybox:clodei-test";
@@ -47,6 +57,7 @@ export interface SystemOptions {
   readonly controlPlaneEnv?: Readonly<Record<string, string>>;
   /** How many control planes serve one database of the test's. Default: one, with its embedded database. */
   readonly replicas?: number;
+  readonly programs?: Programs;
 }
 
 /** Where a control plane listens. */
@@ -61,18 +72,20 @@ interface Listening {
 export class TestControlPlane implements AsyncDisposable {
   readonly folder: string;
   readonly #env: Readonly<Record<string, string>>;
+  readonly #programArgs: readonly string[];
   #program: Program | undefined;
   #listening: Listening | undefined;
 
-  constructor(folder: string, env: Readonly<Record<string, string>>) {
+  constructor(folder: string, env: Readonly<Record<string, string>>, programs = sources) {
     this.folder = folder;
     this.#env = env;
+    this.#programArgs = programs.controlPlane;
   }
 
   async start(): Promise<void> {
     const port = (url: string | undefined): string => url?.match(/:(\d+)$/)?.[1] ?? "0";
     const args = [
-      controlPlaneProgram,
+      ...this.#programArgs,
       "serve",
       ...["--data", this.folder],
       ...["--public-port", port(this.#listening?.publicUrl)],
@@ -101,7 +114,7 @@ export class TestControlPlane implements AsyncDisposable {
   /** Runs one of its commands, such as create-operator, and returns what that printed. */
   command(...args: readonly string[]): Promise<string> {
     const [name = ""] = args;
-    return runProgram({ name, args: [controlPlaneProgram, ...args, "--data", this.folder], env: this.#env });
+    return runProgram({ name, args: [...this.#programArgs, ...args, "--data", this.folder], env: this.#env });
   }
 
   async kill(): Promise<void> {
@@ -119,19 +132,30 @@ export class TestAgent implements AsyncDisposable {
   readonly folder: string;
   readonly #options: AgentOptions;
   readonly #socketPath: string;
+  readonly #programArgs: readonly string[];
   #program: Program | undefined;
   #nodeId: string | undefined;
 
-  constructor(folder: string, options: AgentOptions, socketPath: string) {
+  constructor(folder: string, options: AgentOptions, socketPath: string, programs = sources) {
     this.name = options.name;
     this.folder = folder;
     this.#options = options;
     this.#socketPath = socketPath;
+    this.#programArgs = programs.agent;
   }
 
   /** Gives it an identity. The token goes in by standard input, as an operator would do it. */
   async enroll(publicUrl: string, token: string): Promise<void> {
-    const args = [agentProgram, "enroll", "--state", this.folder, "--control-plane", publicUrl, "--token-file", "-"];
+    const args = [
+      ...this.#programArgs,
+      "enroll",
+      "--state",
+      this.folder,
+      "--control-plane",
+      publicUrl,
+      "--token-file",
+      "-",
+    ];
     await runProgram({ name: `enroll ${this.name}`, args, input: token });
     const path = join(this.folder, "identity", "node.json");
     const node = JSON.parse(await readFile(path, "utf8")) as { nodeId: string };
@@ -158,7 +182,7 @@ export class TestAgent implements AsyncDisposable {
   /** Starts it and does not wait. */
   launch(): Program {
     const { simulateGpus, env } = this.#options;
-    const args = [agentProgram, "run", "--state", this.folder, "--docker-socket", this.#socketPath];
+    const args = [...this.#programArgs, "run", "--state", this.folder, "--docker-socket", this.#socketPath];
     if (simulateGpus !== undefined) args.push("--simulate-gpus", simulateGpus);
     this.#program = new Program({ name: this.name, args, env: { CLODEI_MIN_FREE_MIB: "16", ...env } });
     return this.#program;
@@ -186,25 +210,29 @@ export class TestSystem implements AsyncDisposable {
   readonly controlPlanes: readonly TestControlPlane[];
   readonly #database: TestDatabaseServer | undefined;
   readonly agents = new Map<string, TestAgent>();
+  readonly #programs: Programs;
   readonly #closing = new AsyncDisposableStack();
   #ca = "";
   #client: ClodeiClient | undefined;
   #operator: ClodeiClient | undefined;
 
-  private constructor(
-    folder: string,
-    engine: PrivateEngine,
-    controlPlanes: readonly TestControlPlane[],
-    database: TestDatabaseServer | undefined,
-  ) {
-    this.folder = folder;
-    this.engine = engine;
-    this.controlPlanes = controlPlanes;
-    this.#database = database;
+  private constructor(parts: {
+    readonly folder: string;
+    readonly engine: PrivateEngine;
+    readonly controlPlanes: readonly TestControlPlane[];
+    readonly database: TestDatabaseServer | undefined;
+    readonly programs: Programs;
+  }) {
+    this.folder = parts.folder;
+    this.engine = parts.engine;
+    this.controlPlanes = parts.controlPlanes;
+    this.#database = parts.database;
+    this.#programs = parts.programs;
   }
 
   /** Starts an engine with the test image, a control plane, and agents that are connected. */
   static async start(options: SystemOptions = {}): Promise<TestSystem> {
+    const { programs = sources } = options;
     const closing = new AsyncDisposableStack();
     try {
       const engine = closing.use(await startTestEngine(options.engine));
@@ -218,11 +246,12 @@ export class TestSystem implements AsyncDisposable {
       const ca = join(folder, "control-plane-1", "ca");
       for (let number = 1; number <= (replicas ?? 1); number++) {
         const env = { ...controlPlaneEnv, ...database?.env, ...(number === 1 ? {} : authorityEnv(ca)) };
-        const controlPlane = closing.use(new TestControlPlane(join(folder, `control-plane-${number}`), env));
+        const data = join(folder, `control-plane-${number}`);
+        const controlPlane = closing.use(new TestControlPlane(data, env, programs));
         controlPlanes.push(controlPlane);
         await controlPlane.start();
       }
-      const system = new TestSystem(folder, engine, controlPlanes, database);
+      const system = new TestSystem({ folder, engine, controlPlanes, database, programs });
       system.#ca = system.controlPlane.listening.caPem;
       system.#client = system.connect(await system.createOrganization("acme"));
       system.#operator = system.connect(await system.createOperator("olga"));
@@ -308,7 +337,7 @@ export class TestSystem implements AsyncDisposable {
 
   /** Enrolls and starts one more agent. */
   async addAgent(options: AgentOptions): Promise<TestAgent> {
-    const agent = new TestAgent(join(this.folder, options.name), options, this.engine.socketPath);
+    const agent = new TestAgent(join(this.folder, options.name), options, this.engine.socketPath, this.#programs);
     const spec = { location: options.location ?? madrid, nodeName: options.name };
     const { token } = await this.operator.nodes.createEnrollmentToken(spec);
     await agent.enroll(this.replica(options.replica ?? 0).listening.publicUrl, token);
@@ -338,7 +367,7 @@ function authorityEnv(folder: string): Record<string, string> {
 }
 
 /** The API key in what a command printed. */
-function keyIn(output: string): string {
+export function keyIn(output: string): string {
   const key = output.match(/clodei_sk_\S+?(?=["\s]|$)/)?.[0];
   if (key === undefined) throw new Error(`no API key in:\n${output}`);
   return key;
