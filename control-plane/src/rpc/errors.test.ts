@@ -62,6 +62,18 @@ test("a caller whose connection broke is no error of ours", () => {
   }
 });
 
+test("a request that is no message is the caller's error, whatever Connect calls it", () => {
+  for (const text of [
+    "parse binary: premature EOF",
+    "decompression failed",
+    "received compressed envelope, but do not know how to decompress",
+  ]) {
+    const told = toConnectError(new ConnectError(text, Code.Internal), "r1");
+    assert.deepEqual([told.code, told.rawMessage], [Code.InvalidArgument, text]);
+    assert.equal(told.findDetails(ErrorInfoSchema)[0]?.reason, "INVALID_ARGUMENT");
+  }
+});
+
 test("a limit that is reached is told as a quota failure", () => {
   const organizationId = newId("org");
   const error = toConnectError(quotaExceeded(organizationId, "watches", 256, "watches are open at a time"), "r1");

@@ -97,8 +97,7 @@ export function statusOf(error: unknown, requestId: string): Status {
 /** Turns any error into Connect's. One that Connect itself made keeps its code, where that says the same. */
 export function toConnectError(error: unknown, requestId: string): ConnectError {
   const status = statusOf(error, requestId);
-  const keepsCode =
-    error instanceof ConnectError && status.reason !== "INTERNAL" && !isTooLarge(error) && !isCallerGone(error);
+  const keepsCode = error instanceof ConnectError && status.reason !== "INTERNAL" && !isMiscalled(error);
   const code = keepsCode ? error.code : status.code;
   return new ConnectError(status.message, code, undefined, [...status.details], error);
 }
@@ -111,6 +110,7 @@ export function isOurs(error: unknown): boolean {
 function toDomainError(error: unknown): DomainError {
   if (error instanceof DomainError) return error;
   if (isTooLarge(error)) return new DomainError(ErrorReason.INVALID_ARGUMENT, tooLarge, { cause: error });
+  if (isUnreadable(error)) return new DomainError(ErrorReason.INVALID_ARGUMENT, error.rawMessage, { cause: error });
   if (error instanceof ConnectError && !isCallerGone(error) && reasonOfCode(error.code) !== ErrorReason.INTERNAL) {
     return new DomainError(reasonOfCode(error.code), error.rawMessage, { cause: error });
   }
@@ -128,8 +128,20 @@ function toDomainError(error: unknown): DomainError {
 
 const databaseRetryMs = 1_000;
 
-/** Of Node's streams, whose other end went away. */
-const goneCodes: ReadonlySet<unknown> = new Set(["ERR_STREAM_PREMATURE_CLOSE", "ERR_HTTP2_INVALID_STREAM"]);
+/** Of Node's streams, whose other end went away. (What the database's connection throws is a DatabaseAwayError by now.) */
+const goneCodes: ReadonlySet<unknown> = new Set([
+  "ERR_HTTP2_INVALID_STREAM",
+  "ERR_HTTP2_STREAM_CANCEL",
+  "ERR_HTTP2_STREAM_ERROR",
+  "ERR_STREAM_DESTROYED",
+  "ERR_STREAM_PREMATURE_CLOSE",
+  "ERR_STREAM_WRITE_AFTER_END",
+]);
+
+/** Whether the code that Connect gave an error says something else than we do. */
+function isMiscalled(error: ConnectError): boolean {
+  return isCallerGone(error) || isTooLarge(error) || isUnreadable(error);
+}
 
 /** The caller's connection broke in the middle of an answer. Connect takes the reset that follows for an error of ours. */
 function isCallerGone(error: unknown): boolean {
@@ -148,6 +160,16 @@ const tooLarge = `the message is larger than ${readMaxBytes} bytes, which is the
 function isTooLarge(error: unknown): boolean {
   return error instanceof ConnectError && error.code === Code.ResourceExhausted && error.details.length === 0;
 }
+
+/**
+ * Whether a request was no message, or not compressed as it said. Connect calls these internal errors, by the gRPC
+ * libraries' custom, and gives nothing but their sentences to know them by.
+ */
+function isUnreadable(error: unknown): error is ConnectError {
+  return error instanceof ConnectError && error.code === Code.Internal && unreadable.test(error.rawMessage);
+}
+
+const unreadable = /^(?:parse binary: |decompression failed$|received compressed envelope, )/u;
 
 /** Reasons for errors that the transport makes: an unreadable body, a message that is too long, a deadline. */
 function reasonOfCode(code: Code): ErrorReason {

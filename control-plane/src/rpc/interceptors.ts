@@ -69,7 +69,7 @@ export function createGate(options: PipelineOptions): (context: HandlerContext) 
 /**
  * Connect makes some errors before an interceptor sees the request: for a body that cannot be read or is too long, and
  * for an unknown compression. It aborts the request's signal with the very error that it sends next, in each of its
- * protocols: there they get their reason and our request id.
+ * protocols: there they get their reason, its code and our request id.
  */
 function completeErrors(context: HandlerContext, record: RequestRecord, log: Log): void {
   const complete = (): void => {
