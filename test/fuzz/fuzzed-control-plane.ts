@@ -93,9 +93,19 @@ export class FuzzedControlPlane implements AsyncDisposable {
     return this.#closing.use(new RawClient(this.running.publicUrl, { ca: this.running.caPem }));
   }
 
+  /** The same with a node's certificate, for the node listener. */
+  attackAs({ certificatePem, privateKeyPem }: NodeIdentity): RawClient {
+    const tls = { ca: this.running.caPem, cert: certificatePem, key: privateKeyPem };
+    return this.#closing.use(new RawClient(`https://localhost:${this.#nodePort}`, tls));
+  }
+
+  get #nodePort(): number {
+    return Number(this.running.nodeEndpoint.split(":").at(-1));
+  }
+
   /** Enrolls a node. */
-  async enroll(operator: ClodeiClient, nodeName: string): Promise<NodeIdentity> {
-    const { token } = await operator.nodes.createEnrollmentToken({ location: madrid, nodeName });
+  async enroll(operator: ClodeiClient, nodeName: string, region: string = madrid.region): Promise<NodeIdentity> {
+    const { token } = await operator.nodes.createEnrollmentToken({ location: { ...madrid, region }, nodeName });
     const { request, privateKeyPem } = await createCertificateRequest();
     const transport = createGrpcTransport({ baseUrl: this.running.publicUrl, nodeOptions: { ca: this.running.caPem } });
     const enrolled = await createRpcClient(EnrollmentService, transport).enroll({
@@ -109,8 +119,7 @@ export class FuzzedControlPlane implements AsyncDisposable {
 
   /** Lets a node's scripted agent take what it is given, until the control plane ends. */
   async attend(identity: NodeIdentity): Promise<ScriptedAgent> {
-    const port = Number(this.running.nodeEndpoint.split(":").at(-1));
-    const { agent } = await ScriptedAgent.open(createNodeClient(port, identity, this.running.caPem));
+    const { agent } = await ScriptedAgent.open(createNodeClient(this.#nodePort, identity, this.running.caPem));
     const stop = obey(agent);
     this.#closing.defer(() => {
       stop();

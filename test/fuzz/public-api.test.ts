@@ -12,15 +12,15 @@ import { newId } from "@clodei/proto/ids";
 import fc from "fast-check";
 import { createCertificateRequest } from "../../control-plane/src/dispatch/test-fleet.ts";
 import { publicServices } from "../../control-plane/src/start.ts";
-import { testSeed } from "../harness/random.ts";
 import { madrid } from "../harness/system.ts";
 import { type FuzzCaller, FuzzedControlPlane, memoryInUse } from "./fuzzed-control-plane.ts";
+import { fuzz, fuzzSeconds } from "./fuzzing.ts";
 import { type MessageTree, toBytes, toJsonText } from "./message-tree.ts";
 import { type Hints, messages } from "./messages.ts";
 import { type Codec, type Protocol, protocols, type RawAnswer, type RawClient, requestOf } from "./raw-calls.ts";
 
 /** How long to fuzz. */
-const seconds = Number(process.env["CLODEI_TEST_FUZZ_SECONDS"] ?? "15");
+const seconds = 15;
 /** A stream is left after this; a unary answer that takes so long is one of a method that waits. */
 const leaveStreamMs = 120;
 const leaveUnaryMs = 30_000;
@@ -96,12 +96,8 @@ function describeCall({ method, tree, caller, protocol, codec }: Call): string {
 
 test(
   "no request of any caller to any method fails inside, leaks, or shows what is another's",
-  { timeout: (seconds + 180) * 1_000 },
+  { timeout: (fuzzSeconds(seconds) + 180) * 1_000 },
   async (t) => {
-    const seed = testSeed();
-    t.diagnostic(
-      `seed ${seed}: CLODEI_TEST_SEED=${seed} plays it again, CLODEI_TEST_FUZZ_SECONDS=600 goes on for longer`,
-    );
     await using controlPlane = await FuzzedControlPlane.start();
     const operator = await controlPlane.createOperator();
     const customer = await controlPlane.createOrganization("customer");
@@ -155,25 +151,16 @@ test(
         }),
       ),
     );
-    // What is made on first use (compiled rules, prepared statements, pools) is made before the memory is looked at.
-    for (const call of fc.sample(calls, { numRuns: 300, seed: seed ^ 1 })) await perform(call);
-    const before = memoryInUse();
-    await fc.assert(
-      fc.asyncProperty(fc.array(calls, { minLength: 1, maxLength: 12 }), async (batch) => {
+    let before = 0;
+    await fuzz(t, {
+      values: fc.array(calls, { minLength: 1, maxLength: 12 }),
+      run: async (batch) => {
         await Promise.all(batch.map(perform));
-      }),
-      {
-        seed,
-        numRuns: Number.MAX_SAFE_INTEGER,
-        interruptAfterTimeLimit: seconds * 1_000,
-        verbose: fc.VerbosityLevel.None,
-        reporter: (result) => {
-          if (!result.failed || (result.interrupted && result.counterexample === null)) return;
-          const batch = result.counterexample?.[0] ?? [];
-          throw new Error(`seed ${seed}\n${batch.map(describeCall).join("\n")}`, { cause: result.errorInstance });
-        },
       },
-    );
+      describe: (batch) => batch.map(describeCall).join("\n"),
+      seconds,
+      warmUp: { runs: 40, warmed: () => (before = memoryInUse()) },
+    });
     for (const client of clients.values()) client[Symbol.dispose]();
     t.diagnostic([...outcomes].map(([code, count]) => `${code} ${count}`).join(", "));
     assert.deepEqual(controlPlane.failures, []);

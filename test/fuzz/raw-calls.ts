@@ -30,6 +30,8 @@ export type RawAnswer = {
   readonly reason: string | undefined;
   /** Everything that came, also what was packed: to look for what must not be in it. */
   readonly text: string;
+  /** What its envelopes held. */
+  readonly envelopes: readonly Buffer[];
 };
 
 /** A connection that is made again when it breaks. */
@@ -45,7 +47,8 @@ export class RawClient implements Disposable {
 
   get session(): ClientHttp2Session {
     if (this.#session === undefined || this.#session.closed || this.#session.destroyed) {
-      this.#session = connect(this.#url, this.#options);
+      // Else what waits here, because the other side takes no more, would make this side refuse streams.
+      this.#session = connect(this.#url, { ...this.#options, maxSessionMemory: 1_000 });
       this.#session.on("error", () => undefined);
     }
     return this.#session;
@@ -153,15 +156,17 @@ class Answer {
     const body = Buffer.concat(this.chunks);
     const { headers } = this;
     const packed: string[] = [];
+    const envelopes = envelopesOf(body);
     const answer = (code: string, reason?: string): RawAnswer => ({
       code,
       reason,
       text: [JSON.stringify(headers ?? {}), JSON.stringify(this.trailers), body.toString("latin1"), ...packed].join(
         "\n",
       ),
+      envelopes: envelopes.map(({ payload }) => payload),
     });
     if (headers === undefined) return answer(this.left ? "left" : "reset");
-    const last = lastFrame(body);
+    const last = envelopes.at(-1);
     const web = (last?.flags ?? 0) & 0x80 ? fieldsOf(last?.payload ?? Buffer.alloc(0)) : {};
     const status = this.trailers["grpc-status"] ?? headers["grpc-status"] ?? web["grpc-status"];
     if (status !== undefined) {
@@ -192,15 +197,15 @@ class Answer {
   }
 }
 
-function lastFrame(body: Buffer): { flags: number; payload: Buffer } | undefined {
-  let last: { flags: number; payload: Buffer } | undefined;
+function envelopesOf(body: Buffer): { flags: number; payload: Buffer }[] {
+  const found: { flags: number; payload: Buffer }[] = [];
   for (let at = 0; at + 5 <= body.length;) {
-    const length = body.readUInt32BE(at + 1);
-    if (at + 5 + length > body.length) return undefined;
-    last = { flags: body.readUInt8(at), payload: body.subarray(at + 5, at + 5 + length) };
-    at += 5 + length;
+    const end = at + 5 + body.readUInt32BE(at + 1);
+    if (end > body.length) break;
+    found.push({ flags: body.readUInt8(at), payload: body.subarray(at + 5, end) });
+    at = end;
   }
-  return last;
+  return found;
 }
 
 function fieldsOf(trailer: Buffer): Record<string, string> {

@@ -2,6 +2,7 @@
 // from the outside in: error mapping, authorization, the caller's limit, validation.
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Message } from "@bufbuild/protobuf";
+import { base64Decode } from "@bufbuild/protobuf/wire";
 import {
   Code,
   ConnectError,
@@ -58,12 +59,28 @@ export function createGate(options: PipelineOptions): (context: HandlerContext) 
       if (record.hasTooManyOpen) throw tooManyOpenError();
       options.addressLimiter.take(limitedAddressOf(record.address));
       // Health must answer when the database, and so authentication, does not.
-      if (openServices.has(context.service.typeName)) return;
-      record.caller = await identify(options.authenticate, context.requestHeader);
+      if (!openServices.has(context.service.typeName)) {
+        record.caller = await identify(options.authenticate, context.requestHeader);
+      }
+      // A deadline that is over by now. Whatever came after it would be told without its reason: see completeErrors.
+      context.signal.throwIfAborted();
+      checkQuery(context);
     } catch (error) {
       throw tell(error, record, options.log);
     }
   };
+}
+
+/** Connect does not catch that a message in a URL is not base64, and would call it an error of ours. */
+function checkQuery({ requestMethod, url }: HandlerContext): void {
+  if (requestMethod !== "GET") return;
+  const query = new URL(url).searchParams;
+  if (query.get("base64") !== "1") return;
+  try {
+    base64Decode(query.get("message") ?? "");
+  } catch {
+    throw new DomainError(ErrorReason.INVALID_ARGUMENT, "the message in the URL is not base64, as base64=1 says");
+  }
 }
 
 /**
