@@ -15,7 +15,7 @@ import { type RetryPolicy, retryDelayMs, sleep } from "./backoff.ts";
 import type { Authorize } from "./credentials.ts";
 import { canceledError, ClodeiError, toClodeiError } from "./errors.ts";
 import { withIdempotencyKey } from "./idempotency-key.ts";
-import { checkRequest } from "./request-check.ts";
+import { checkOptions, checkRequest, optionNames } from "./request-check.ts";
 import type { Wire } from "./wire.ts";
 
 /** Options of a single call. */
@@ -38,8 +38,22 @@ export type MutationOptions = CallOptions & {
   readonly idempotencyKey?: string | undefined;
 };
 
-/** The options of a call as Connect's clients take them. */
-export function callOptions(options: CallOptions): { signal?: AbortSignal; timeoutMs?: number } {
+/** The options of every call. */
+export const callNames = optionNames<CallOptions>({ signal: true, timeoutMs: true });
+
+/** The options of a call that changes something. */
+export const mutationNames = [...callNames, "idempotencyKey"];
+
+/**
+ * The options of a call as Connect's clients take them.
+ *
+ * @param names The options that the method has. Others are refused.
+ */
+export function callOptions(
+  options: CallOptions,
+  names: readonly string[] = callNames,
+): { signal?: AbortSignal; timeoutMs?: number } {
+  checkOptions(options, names);
   const { signal, timeoutMs } = options;
   return { ...(signal === undefined ? {} : { signal }), ...(timeoutMs === undefined ? {} : { timeoutMs }) };
 }

@@ -3,7 +3,8 @@ import type { Client } from "@connectrpc/connect";
 import type { CatalogService, ImagePolicy, Offer } from "@clodei/proto/gen/clodei/v1/catalog_service";
 import type { Location } from "@clodei/proto/gen/clodei/v1/location";
 import { callOptions } from "./calls.ts";
-import { type ListOptions, Paginated } from "./pagination.ts";
+import { listNames, type ListOptions, Paginated } from "./pagination.ts";
+import { optionNames } from "./request-check.ts";
 import type { LocationConstraint } from "./spec.ts";
 
 /** Options of a list of offers. */
@@ -13,6 +14,11 @@ export type ListOffersOptions = ListOptions & {
   /** Offers in this location only. */
   readonly location?: LocationConstraint | undefined;
 };
+
+const offerNames = [
+  ...listNames,
+  ...optionNames<Omit<ListOffersOptions, keyof ListOptions>>({ gpuModel: true, location: true }),
+];
 
 /** What can be rented, where, and which images may run. */
 export class Catalog {
@@ -35,7 +41,7 @@ export class Catalog {
     const filter = { gpuModel, location };
     return new Paginated(async (pageToken) => {
       const request = { pageSize: options.pageSize ?? 0, pageToken, ...filter };
-      const { offers, nextPageToken } = await this.#client.listOffers(request, callOptions(options));
+      const { offers, nextPageToken } = await this.#client.listOffers(request, callOptions(options, offerNames));
       return { items: offers, nextPageToken };
     }, options.pageToken);
   }
@@ -48,7 +54,7 @@ export class Catalog {
   locations(options: ListOptions = {}): Paginated<Location> {
     return new Paginated(async (pageToken) => {
       const request = { pageSize: options.pageSize ?? 0, pageToken };
-      const { locations, nextPageToken } = await this.#client.listLocations(request, callOptions(options));
+      const { locations, nextPageToken } = await this.#client.listLocations(request, callOptions(options, listNames));
       return { items: locations, nextPageToken };
     }, options.pageToken);
   }
@@ -61,7 +67,10 @@ export class Catalog {
   imagePolicies(options: ListOptions = {}): Paginated<ImagePolicy> {
     return new Paginated(async (pageToken) => {
       const request = { pageSize: options.pageSize ?? 0, pageToken };
-      const { imagePolicies, nextPageToken } = await this.#client.listImagePolicies(request, callOptions(options));
+      const { imagePolicies, nextPageToken } = await this.#client.listImagePolicies(
+        request,
+        callOptions(options, listNames),
+      );
       return { items: imagePolicies, nextPageToken };
     }, options.pageToken);
   }

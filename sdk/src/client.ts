@@ -13,6 +13,7 @@ import { ClodeiError } from "./errors.ts";
 import { Identity } from "./identity.ts";
 import { Instances } from "./instances.ts";
 import { Nodes } from "./nodes.ts";
+import { checkOptions, optionNames } from "./request-check.ts";
 import { defaultGiveUpAfterMs, type ResumePolicy } from "./resume.ts";
 import { openWire } from "#transport";
 import type { Wire } from "./wire.ts";
@@ -44,6 +45,18 @@ export type ServiceClients = {
   readonly identity: ServiceClient<typeof IdentityService>;
   readonly enrollment: ServiceClient<typeof EnrollmentService>;
 };
+
+const clientNames = optionNames<ClientOptions>({
+  endpoint: true,
+  apiKey: true,
+  token: true,
+  organization: true,
+  ca: true,
+  connectTimeoutMs: true,
+  timeoutMs: true,
+  retry: true,
+  giveUpAfterMs: true,
+});
 
 const defaultTimeoutMs = 30_000;
 /** A third of a call's time: a path that swallows packets leaves two more tries. */
@@ -123,6 +136,8 @@ export class ClodeiClient implements Disposable {
  * console.log(await client.identity.whoAmI());
  */
 export function createClient(options: ClientOptions): ClodeiClient {
+  checkOptions(options, clientNames);
+  if (options.retry !== undefined) checkOptions(options.retry, Object.keys(defaultRetryPolicy), "retry");
   const { endpoint, ca, connectTimeoutMs = defaultConnectTimeoutMs } = options;
   return new ClodeiClient(openWire({ endpoint, ca, connectTimeoutMs }), options);
 }

@@ -3,11 +3,12 @@ import type { Client } from "@connectrpc/connect";
 import { type Instance, type InstanceEvent, InstanceReason, InstanceState } from "@clodei/proto/gen/clodei/v1/instance";
 import type { InstanceService } from "@clodei/proto/gen/clodei/v1/instance_service";
 import { answered } from "./answers.ts";
-import { callOptions, type CallOptions, type MutationOptions } from "./calls.ts";
+import { callNames, callOptions, type CallOptions, mutationNames, type MutationOptions } from "./calls.ts";
 import { nameOf } from "./enum-names.ts";
 import { canceledError, ClodeiError, InstanceEndedError } from "./errors.ts";
 import { InstanceLogs, type LogOptions } from "./logs.ts";
-import { type ListOptions, Paginated } from "./pagination.ts";
+import { listNames, type ListOptions, Paginated } from "./pagination.ts";
+import { checkOptions } from "./request-check.ts";
 import type { ResumePolicy } from "./resume.ts";
 import { watch } from "./watch.ts";
 
@@ -123,7 +124,7 @@ export class InstanceHandle {
     const { client } = this.#calls;
     return new Paginated(async (pageToken) => {
       const request = { instanceId: this.id, pageSize: options.pageSize ?? 0, pageToken };
-      const { events, nextPageToken } = await client.listInstanceEvents(request, callOptions(options));
+      const { events, nextPageToken } = await client.listInstanceEvents(request, callOptions(options, listNames));
       return { items: events, nextPageToken };
     }, options.pageToken);
   }
@@ -147,7 +148,10 @@ export class InstanceHandle {
    * await instance.waitUntilStopped();
    */
   async stop(options: MutationOptions = {}): Promise<Instance> {
-    const response = await this.#calls.client.stopInstance(this.#mutation(options), callOptions(options));
+    const response = await this.#calls.client.stopInstance(
+      this.#mutation(options),
+      callOptions(options, mutationNames),
+    );
     return this.#learn(answered(response.instance, "instance"));
   }
 
@@ -159,7 +163,10 @@ export class InstanceHandle {
    * await instance.waitUntilRunning();
    */
   async start(options: MutationOptions = {}): Promise<Instance> {
-    const response = await this.#calls.client.startInstance(this.#mutation(options), callOptions(options));
+    const response = await this.#calls.client.startInstance(
+      this.#mutation(options),
+      callOptions(options, mutationNames),
+    );
     return this.#learn(answered(response.instance, "instance"));
   }
 
@@ -171,7 +178,10 @@ export class InstanceHandle {
    * await instance.waitUntilRunning();
    */
   async restart(options: MutationOptions = {}): Promise<Instance> {
-    const response = await this.#calls.client.restartInstance(this.#mutation(options), callOptions(options));
+    const response = await this.#calls.client.restartInstance(
+      this.#mutation(options),
+      callOptions(options, mutationNames),
+    );
     return this.#learn(answered(response.instance, "instance"));
   }
 
@@ -182,7 +192,10 @@ export class InstanceHandle {
    * @example await instance.delete();
    */
   async delete(options: MutationOptions = {}): Promise<Instance> {
-    const response = await this.#calls.client.deleteInstance(this.#mutation(options), callOptions(options));
+    const response = await this.#calls.client.deleteInstance(
+      this.#mutation(options),
+      callOptions(options, mutationNames),
+    );
     return this.#learn(answered(response.instance, "instance"));
   }
 
@@ -201,6 +214,7 @@ export class InstanceHandle {
    * than every answer that this handle got, so that what was asked for before (a restart) is in it.
    */
   async #waitUntil(awaited: string, isMet: (instance: Instance) => boolean, options: WaitOptions): Promise<Instance> {
+    checkOptions(options, callNames);
     const { timeoutMs = 0, signal } = options;
     const deadline = timeoutMs > 0 ? AbortSignal.timeout(timeoutMs) : undefined;
     const signals = [signal, deadline].filter((candidate) => candidate !== undefined);

@@ -4,11 +4,12 @@ import { type Instance, InstanceState } from "@clodei/proto/gen/clodei/v1/instan
 import { type InstanceFilterSchema, type InstanceService } from "@clodei/proto/gen/clodei/v1/instance_service";
 import type { MessageInitShape } from "@bufbuild/protobuf";
 import { answered } from "./answers.ts";
-import { callOptions, type CallOptions, type MutationOptions } from "./calls.ts";
+import { callOptions, type CallOptions, mutationNames, type MutationOptions } from "./calls.ts";
 import { type InstanceCalls, InstanceHandle } from "./instance-handle.ts";
-import { type ListOptions, Paginated } from "./pagination.ts";
+import { listNames, type ListOptions, Paginated } from "./pagination.ts";
+import { optionNames } from "./request-check.ts";
 import { type InstanceStateName, type LocationConstraint, type RunSpec, toInstanceSpec, valuesOf } from "./spec.ts";
-import { watch, type WatchEvent, type WatchOptions } from "./watch.ts";
+import { watch, type WatchEvent, watchNames, type WatchOptions } from "./watch.ts";
 
 /** Which instances are meant. Every field given must hold. */
 export type InstanceFilter = {
@@ -31,6 +32,10 @@ export type ListInstancesOptions = ListOptions &
 
 /** Options of a watch of instances. */
 export type WatchInstancesOptions = WatchOptions & InstanceFilter;
+
+const filterNames = optionNames<InstanceFilter>({ states: true, labels: true, gpuModel: true, location: true });
+const listInstancesNames = [...listNames, ...filterNames, "showDeleted"];
+const watchInstancesNames = [...watchNames, ...filterNames];
 
 /** Runs containers of the caller's organization. */
 export class Instances {
@@ -56,7 +61,7 @@ export class Instances {
    */
   async run(spec: RunSpec, options: MutationOptions = {}): Promise<InstanceHandle> {
     const request = { spec: toInstanceSpec(spec), idempotencyKey: options.idempotencyKey ?? "" };
-    const response = await this.#client.createInstance(request, callOptions(options));
+    const response = await this.#client.createInstance(request, callOptions(options, mutationNames));
     return new InstanceHandle(this.#calls, answered(response.instance, "instance"));
   }
 
@@ -83,7 +88,10 @@ export class Instances {
     return new Paginated(async (pageToken) => {
       const { pageSize = 0, showDeleted = false } = options;
       const request = { pageSize, pageToken, showDeleted, filter: toFilter(options) };
-      const { instances, nextPageToken } = await this.#client.listInstances(request, callOptions(options));
+      const { instances, nextPageToken } = await this.#client.listInstances(
+        request,
+        callOptions(options, listInstancesNames),
+      );
       return { items: instances.map((instance) => new InstanceHandle(this.#calls, instance)), nextPageToken };
     }, options.pageToken);
   }
@@ -101,7 +109,7 @@ export class Instances {
   watch(options: WatchInstancesOptions = {}): AsyncGenerator<WatchEvent<Instance>, void, undefined> {
     const filter = toFilter(options);
     const open = (cursor: string, signal: AbortSignal) => this.#client.watchInstances({ cursor, filter }, { signal });
-    return watch<Instance>(open, this.#calls.resume, options);
+    return watch<Instance>(open, this.#calls.resume, options, watchInstancesNames);
   }
 
   get #client(): Client<typeof InstanceService> {

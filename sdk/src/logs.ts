@@ -9,7 +9,7 @@ import {
   type StreamLogsResponse,
 } from "@clodei/proto/gen/clodei/v1/instance_service";
 import type { CallOptions } from "./calls.ts";
-import { unwritable } from "./request-check.ts";
+import { checkOptions, optionNames, unwritable } from "./request-check.ts";
 import { readResuming, type ResumePolicy } from "./resume.ts";
 
 /** Which output is read. */
@@ -23,6 +23,8 @@ export type LogOptions = Pick<CallOptions, "signal"> & {
   /** The attempt. The current one where absent. */
   readonly attempt?: number | undefined;
 };
+
+const logNames = optionNames<LogOptions>({ signal: true, follow: true, tailLines: true, since: true, attempt: true });
 
 /** A piece of output: whole lines, or pieces of a line that is longer than 16 KiB. */
 export type LogChunk = {
@@ -76,6 +78,7 @@ export class InstanceLogs implements AsyncIterable<LogChunk> {
 
   /** The chunks. Leaving the loop ends the stream. */
   async *[Symbol.asyncIterator](): AsyncGenerator<LogChunk, void, undefined> {
+    checkOptions(this.#options, logNames);
     const reader = new LogReader(this.#instanceId, this.#options);
     const stream = {
       open: (signal: AbortSignal) => this.#open(reader.request(), signal),

@@ -2,9 +2,10 @@
 import type { Client } from "@connectrpc/connect";
 import { type EnrollmentToken, type Node, type NodeService, NodeState } from "@clodei/proto/gen/clodei/v1/node_service";
 import { answered } from "./answers.ts";
-import { callOptions, type CallOptions, type MutationOptions } from "./calls.ts";
+import { callOptions, type CallOptions, mutationNames, type MutationOptions } from "./calls.ts";
 import { ClodeiError } from "./errors.ts";
-import { type ListOptions, Paginated } from "./pagination.ts";
+import { listNames, type ListOptions, Paginated } from "./pagination.ts";
+import { checkOptions, optionNames } from "./request-check.ts";
 import type { ResumePolicy } from "./resume.ts";
 import { type EnumName, type LocationConstraint, toDuration, valuesOf } from "./spec.ts";
 import { watch, type WatchEvent, type WatchOptions } from "./watch.ts";
@@ -46,6 +47,18 @@ export type ListNodesOptions = ListOptions & {
   readonly location?: LocationConstraint | undefined;
 };
 
+const tokenSpecNames = optionNames<EnrollmentTokenSpec>({
+  location: true,
+  nodeName: true,
+  maxUses: true,
+  lifetimeSeconds: true,
+});
+const listNodesNames = [
+  ...listNames,
+  ...optionNames<Omit<ListNodesOptions, keyof ListOptions>>({ states: true, location: true }),
+];
+const revokeNames = [...mutationNames, "comment"];
+
 /** Runs the fleet. */
 export class Nodes {
   readonly #client: Client<typeof NodeService>;
@@ -68,6 +81,7 @@ export class Nodes {
    * });
    */
   async createEnrollmentToken(spec: EnrollmentTokenSpec, options: MutationOptions = {}): Promise<NewEnrollmentToken> {
+    checkOptions(spec, tokenSpecNames, "spec");
     const request = {
       location: spec.location,
       nodeName: spec.nodeName ?? "",
@@ -75,7 +89,7 @@ export class Nodes {
       idempotencyKey: options.idempotencyKey ?? "",
       lifetime: toDuration(spec.lifetimeSeconds),
     };
-    const response = await this.#client.createEnrollmentToken(request, callOptions(options));
+    const response = await this.#client.createEnrollmentToken(request, callOptions(options, mutationNames));
     return shownOnce(response.token, answered(response.enrollmentToken, "enrollment token"));
   }
 
@@ -89,7 +103,7 @@ export class Nodes {
       const request = { pageSize: options.pageSize ?? 0, pageToken };
       const { enrollmentTokens, nextPageToken } = await this.#client.listEnrollmentTokens(
         request,
-        callOptions(options),
+        callOptions(options, listNames),
       );
       return { items: enrollmentTokens, nextPageToken };
     }, options.pageToken);
@@ -102,7 +116,7 @@ export class Nodes {
    */
   async revokeEnrollmentToken(enrollmentTokenId: string, options: MutationOptions = {}): Promise<EnrollmentToken> {
     const request = { enrollmentTokenId, idempotencyKey: options.idempotencyKey ?? "" };
-    const response = await this.#client.revokeEnrollmentToken(request, callOptions(options));
+    const response = await this.#client.revokeEnrollmentToken(request, callOptions(options, mutationNames));
     return answered(response.enrollmentToken, "enrollment token");
   }
 
@@ -115,7 +129,7 @@ export class Nodes {
     const filter = { states: valuesOf(NodeState, options.states), location: options.location };
     return new Paginated(async (pageToken) => {
       const request = { pageSize: options.pageSize ?? 0, pageToken, ...filter };
-      const { nodes, nextPageToken } = await this.#client.listNodes(request, callOptions(options));
+      const { nodes, nextPageToken } = await this.#client.listNodes(request, callOptions(options, listNodesNames));
       return { items: nodes, nextPageToken };
     }, options.pageToken);
   }
@@ -151,7 +165,7 @@ export class Nodes {
    */
   async cordon(nodeId: string, options: MutationOptions = {}): Promise<Node> {
     const request = { nodeId, idempotencyKey: options.idempotencyKey ?? "" };
-    return answered((await this.#client.cordonNode(request, callOptions(options))).node, "node");
+    return answered((await this.#client.cordonNode(request, callOptions(options, mutationNames))).node, "node");
   }
 
   /**
@@ -161,7 +175,7 @@ export class Nodes {
    */
   async uncordon(nodeId: string, options: MutationOptions = {}): Promise<Node> {
     const request = { nodeId, idempotencyKey: options.idempotencyKey ?? "" };
-    return answered((await this.#client.uncordonNode(request, callOptions(options))).node, "node");
+    return answered((await this.#client.uncordonNode(request, callOptions(options, mutationNames))).node, "node");
   }
 
   /**
@@ -172,7 +186,7 @@ export class Nodes {
    */
   async revoke(nodeId: string, options: MutationOptions & { readonly comment?: string } = {}): Promise<Node> {
     const request = { nodeId, comment: options.comment ?? "", idempotencyKey: options.idempotencyKey ?? "" };
-    return answered((await this.#client.revokeNode(request, callOptions(options))).node, "node");
+    return answered((await this.#client.revokeNode(request, callOptions(options, revokeNames))).node, "node");
   }
 
   /**
@@ -183,7 +197,7 @@ export class Nodes {
    */
   async reenroll(nodeId: string, options: MutationOptions = {}): Promise<NewEnrollmentToken & { readonly node: Node }> {
     const request = { nodeId, idempotencyKey: options.idempotencyKey ?? "" };
-    const response = await this.#client.reenrollNode(request, callOptions(options));
+    const response = await this.#client.reenrollNode(request, callOptions(options, mutationNames));
     const shown = shownOnce(response.token, answered(response.enrollmentToken, "enrollment token"));
     return { ...shown, node: answered(response.node, "node") };
   }

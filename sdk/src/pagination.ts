@@ -1,5 +1,6 @@
 /** Lists, read page by page as they are needed. */
-import type { CallOptions } from "./calls.ts";
+import { callNames, type CallOptions } from "./calls.ts";
+import { optionNames } from "./request-check.ts";
 
 /** A page of a list. */
 export type Page<T> = {
@@ -15,6 +16,12 @@ export type ListOptions = CallOptions & {
   /** Begins at the page that this token gives, instead of the first. */
   readonly pageToken?: string | undefined;
 };
+
+/** The options of every list. */
+export const listNames = [
+  ...callNames,
+  ...optionNames<Omit<ListOptions, keyof CallOptions>>({ pageSize: true, pageToken: true }),
+];
 
 /** Fetches one page. */
 export type FetchPage<T> = (pageToken: string) => Promise<Page<T>>;

@@ -3,7 +3,7 @@ import { test } from "node:test";
 import type { CreateInstanceRequest } from "@clodei/proto/gen/clodei/v1/instance_service";
 import { NodeService } from "@clodei/proto/gen/clodei/v1/node_service";
 import { newId } from "@clodei/proto/ids";
-import type { ClodeiClient } from "./client.ts";
+import { type ClodeiClient, createClient } from "./client.ts";
 import { ClodeiError } from "./errors.ts";
 import { instances, startServerForClientTests } from "./server-for-client-tests.ts";
 
@@ -83,6 +83,70 @@ test("a request that no message can hold is refused at once with its field, and 
     [() => enrollmentToken(client, Number.NaN), "lifetime", "must be a number of seconds, not NaN"],
   ];
   for (const [call, field, message] of cases) assert.deepEqual(violations(await refusal(call)), [[field, message]]);
+  assert.deepEqual(
+    server.requests.map(({ method }) => method),
+    ["GetInstance"],
+  );
+});
+
+test("an option that does not exist is refused by its name, in every object of options", async () => {
+  const { server, client } = await startServer();
+  await using _server = server;
+  const handle = await client.instances.get(id);
+  const { endpoint, ca } = server;
+  const odd = untyped({ stat: ["RUNNING"] });
+  const token = { location: { country: "ES", region: "madrid", datacenter: "kumo-1", tier: 4 } };
+  const call = "signal, timeoutMs";
+  const mutation = `${call}, idempotencyKey`;
+  const list = `${call}, pageSize, pageToken`;
+  const filter = "states, labels, gpuModel, location";
+  const cases: [() => unknown, string][] = [
+    [() => client.instances.list(odd).toArray(), `${list}, ${filter}, showDeleted`],
+    [() => client.instances.list(odd).pages().next(), `${list}, ${filter}, showDeleted`],
+    [() => client.instances.watch(odd).next(), `signal, cursor, ${filter}`],
+    [() => client.instances.run({ image: "busybox" }, odd), mutation],
+    [() => client.instances.get(id, odd), call],
+    [() => handle.waitUntilRunning(odd), call],
+    [() => handle.waitUntilStopped(odd), call],
+    [() => handle.waitUntilDeleted(odd), call],
+    [() => handle.logs(odd).text(), "signal, follow, tailLines, since, attempt"],
+    [() => handle.events(odd).toArray(), list],
+    [() => handle.refresh(odd), call],
+    [() => handle.stop(odd), mutation],
+    [() => handle.start(odd), mutation],
+    [() => handle.restart(odd), mutation],
+    [() => handle.delete(odd), mutation],
+    [() => client.catalog.offers(odd).toArray(), `${list}, gpuModel, location`],
+    [() => client.catalog.locations(odd).toArray(), list],
+    [() => client.catalog.imagePolicies(odd).toArray(), list],
+    [() => client.identity.whoAmI(odd), call],
+    [() => client.nodes.createEnrollmentToken(token, odd), mutation],
+    [() => client.nodes.listEnrollmentTokens(odd).toArray(), list],
+    [() => client.nodes.revokeEnrollmentToken(newId("ent"), odd), mutation],
+    [() => client.nodes.list(odd).toArray(), `${list}, states, location`],
+    [() => client.nodes.get(newId("nod"), odd), call],
+    [() => client.nodes.watch(odd).next(), "signal, cursor"],
+    [() => client.nodes.cordon(newId("nod"), odd), mutation],
+    [() => client.nodes.uncordon(newId("nod"), odd), mutation],
+    [() => client.nodes.revoke(newId("nod"), odd), `${mutation}, comment`],
+    [() => client.nodes.reenroll(newId("nod"), odd), mutation],
+    [
+      () => createClient({ endpoint, ca, apiKey: "", ...(odd as object) }),
+      "endpoint, apiKey, token, organization, ca, connectTimeoutMs, timeoutMs, retry, giveUpAfterMs",
+    ],
+  ];
+  for (const [refused, allowed] of cases) {
+    const message = `is not known; allowed are ${allowed}`;
+    assert.deepEqual(violations(await refusal(async () => await refused())), [["stat", message]], String(refused));
+  }
+  const nested: [() => unknown, string][] = [
+    [() => createClient({ endpoint, apiKey: "", retry: odd }), "retry.stat"],
+    [() => client.nodes.createEnrollmentToken({ ...token, ...(odd as object) }), "spec.stat"],
+    [() => client.instances.list(untyped("RUNNING")).toArray(), "options"],
+  ];
+  for (const [refused, field] of nested) {
+    assert.equal((await refusal(async () => await refused())).fieldViolations[0]?.field, field);
+  }
   assert.deepEqual(
     server.requests.map(({ method }) => method),
     ["GetInstance"],

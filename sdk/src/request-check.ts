@@ -57,6 +57,21 @@ export function unknownFields(object: unknown, names: readonly string[], path: s
     }));
 }
 
+/** The names of an options object: all of them, or this does not compile. */
+export function optionNames<T extends object>(names: Readonly<Record<keyof T, true>>): readonly string[] {
+  return Object.keys(names);
+}
+
+/**
+ * Refuses options that do not exist: a mistyped filter that is dropped in silence lists everything.
+ *
+ * @throws ClodeiError with INVALID_ARGUMENT and the names.
+ */
+export function checkOptions(options: unknown, names: readonly string[], path = ""): void {
+  if (!isObject(options)) refuseFields([notA("an object", options, path === "" ? "options" : path, "message")]);
+  refuseFields(unknownFields(options, names, path));
+}
+
 /** What a caller of the SDK gives where the schema has a message of these types. */
 const objectWords: Readonly<Record<string, string>> = {
   "google.protobuf.Duration": "a number of seconds",

@@ -1,5 +1,6 @@
 /** Watches: a snapshot, then changes, through every break of the connection. */
 import type { CallOptions } from "./calls.ts";
+import { checkOptions, optionNames } from "./request-check.ts";
 import { readResuming, type ResumePolicy } from "./resume.ts";
 
 /** What a watch says. */
@@ -22,6 +23,9 @@ export type WatchOptions = Pick<CallOptions, "signal"> & {
   readonly cursor?: string | undefined;
 };
 
+/** The options of every watch. */
+export const watchNames = optionNames<WatchOptions>({ signal: true, cursor: true });
+
 /** A message of any of the watch methods, as generated. */
 type WatchMessage<T> = {
   readonly event:
@@ -39,7 +43,9 @@ export async function* watch<T>(
   open: OpenWatch<T>,
   policy: ResumePolicy,
   options: WatchOptions,
+  names: readonly string[] = watchNames,
 ): AsyncGenerator<WatchEvent<T>, void, undefined> {
+  checkOptions(options, names);
   let cursor = options.cursor ?? "";
   /** Whether something was said that a new snapshot makes void. */
   let said = cursor !== "";

@@ -130,6 +130,7 @@ const databaseRetryMs = 1_000;
 
 /** Of Node's streams, whose other end went away. (What the database's connection throws is a DatabaseAwayError by now.) */
 const goneCodes: ReadonlySet<unknown> = new Set([
+  "ECANCELED",
   "ERR_HTTP2_INVALID_STREAM",
   "ERR_HTTP2_STREAM_CANCEL",
   "ERR_HTTP2_STREAM_ERROR",

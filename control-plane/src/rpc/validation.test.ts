@@ -9,6 +9,7 @@ import {
   ListInstancesRequestSchema,
   StreamLogsRequestSchema,
 } from "@clodei/proto/gen/clodei/v1/instance_service";
+import { CreateEnrollmentTokenRequestSchema } from "@clodei/proto/gen/clodei/v1/node_service";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { DomainError } from "../platform/errors.ts";
 import { publicServices } from "../start.ts";
@@ -122,8 +123,37 @@ test("JSON that does not fit names its field, where there is one", () => {
   assert.equal(fieldOf({ spec: { imagee: "x" } }), "spec.imagee");
   assert.equal(fieldOf({ spec: 5 }), "spec");
   // There are three durations, and the library does not say which.
-  assert.equal(fieldOf({ spec: { stopGrace: "soon" } }), undefined);
+  assert.equal(fieldOf({ spec: { stopGrace: "soon" } }), "spec");
   assert.equal(fieldOf([]), undefined);
+});
+
+test("a duration or a time that is none in JSON is told with what it must be, and where it can stand", () => {
+  const toldOf = (schema: DescMessage, json: JsonValue): readonly [string, string] => {
+    try {
+      fromJson(schema, json);
+    } catch (error) {
+      const [violation] = explainJsonError(schema, (error as Error).message)?.fields ?? [];
+      return [violation?.field ?? "", violation?.message ?? ""];
+    }
+    return assert.fail("it fits");
+  };
+  const durations = "in one of placement_timeout, max_run_time, stop_grace: must be a duration in seconds";
+  assert.deepEqual(toldOf(CreateInstanceRequestSchema, { spec: { maxRunTime: "soon" } }), [
+    "spec",
+    `${durations}, such as "3.5s", not "soon"`,
+  ]);
+  assert.deepEqual(toldOf(CreateInstanceRequestSchema, { spec: { stopGrace: 5 } }), [
+    "spec",
+    `${durations}, such as "3.5s", not 5`,
+  ]);
+  assert.deepEqual(toldOf(CreateEnrollmentTokenRequestSchema, { lifetime: "1h" }), [
+    "lifetime",
+    'must be a duration in seconds, such as "3.5s", not "1h"',
+  ]);
+  assert.deepEqual(toldOf(StreamLogsRequestSchema, { sinceTime: "yesterday" }), [
+    "since_time",
+    'must be a time, such as "2026-01-31T12:00:00Z": invalid RFC 3339 string',
+  ]);
 });
 
 test("many violations are told up to a bound", () => {
