@@ -1,4 +1,5 @@
 // How every fuzz test runs: from a seed that is told and can be given, for a time that can be given.
+import { monitorEventLoopDelay } from "node:perf_hooks";
 import type { TestContext } from "node:test";
 import fc from "fast-check";
 import { testSeed } from "../harness/random.ts";
@@ -33,6 +34,8 @@ export async function fuzz<T>(t: TestContext, fuzzing: Fuzzing<T>): Promise<void
     for (const value of fc.sample(values, { numRuns: warmUp.runs, seed: seed - 1 })) await run(value);
     warmUp.warmed();
   }
+  using stalls = monitorEventLoopDelay({ resolution: 20 });
+  stalls.enable();
   const deadlineMs = performance.now() + fuzzSeconds(fuzzing.seconds) * 1_000;
   for (let round = 0; round === 0 || performance.now() < deadlineMs; round += 1) {
     const result = await fc.check(fc.asyncProperty(values, run), { seed: seed + round, numRuns: runsPerRound });
@@ -41,4 +44,5 @@ export async function fuzz<T>(t: TestContext, fuzzing: Fuzzing<T>): Promise<void
     const what = value === undefined ? "" : describe(value);
     throw new Error(`seed ${seed}, round ${round}: ${what}`, { cause: result.errorInstance });
   }
+  t.diagnostic(`the longest stall of the event loop took ${Math.round(stalls.max / 1e6)} ms`);
 }

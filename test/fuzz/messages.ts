@@ -21,6 +21,8 @@ const hostileShare: Readonly<Record<Hostility, number>> = { plausible: 0, season
 const plausibleShare = 12;
 /** Deeper than any message of the contract. */
 const maxDepth = 8;
+/** What one repeated field may take, about: a quarter of the largest message that is read. */
+const maxRepeatedBytes = 2 ** 20;
 
 /** Trees of a message. */
 export function messages(schema: DescMessage, hints: Hints): fc.Arbitrary<MessageTree> {
@@ -36,6 +38,7 @@ export function messages(schema: DescMessage, hints: Hints): fc.Arbitrary<Messag
 class Trees {
   readonly #hostility: Hostility;
   readonly #hints: Hints;
+  readonly #made = new Map<DescMessage, fc.Arbitrary<MessageTree>>();
 
   constructor(hostility: Hostility, hints: Hints) {
     this.#hostility = hostility;
@@ -44,9 +47,15 @@ class Trees {
 
   of(schema: DescMessage, depth = 0): fc.Arbitrary<MessageTree> {
     if (depth > maxDepth) return fc.constant({ schema, parts: [] });
+    const made = this.#made.get(schema) ?? this.#make(schema, depth);
+    this.#made.set(schema, made);
+    return made;
+  }
+
+  #make(schema: DescMessage, depth: number): fc.Arbitrary<MessageTree> {
     const members = schema.members.map((member): fc.Arbitrary<readonly Part[]> => {
       if (member.kind === "field") return this.#parts(member, depth);
-      const fields = member.fields.map((field) => this.#parts(field, depth));
+      const fields = member.fields.map((field) => this.#parts(field, depth, true));
       if (fields.length === 0) return fc.constant([]);
       // More than one at a time is on the wire what it should not be.
       return this.#orHostile(
@@ -64,14 +73,15 @@ class Trees {
     return fc.oneof({ weight: plausibleShare, arbitrary: plausible }, { weight, arbitrary: hostile });
   }
 
-  #parts(field: DescField, depth: number): fc.Arbitrary<readonly Part[]> {
+  #parts(field: DescField, depth: number, isChosen = false): fc.Arbitrary<readonly Part[]> {
     const rules = getOption(field, fieldRules);
     const hint = this.#hints.plausible(field);
     const absent = fc.constant<readonly Part[]>([]);
     const present = this.#present(field, rules, hint === "never" ? undefined : hint, depth);
     if (hint === "never") return this.#orHostile(absent, present);
-    if (rules.required || (field.fieldKind === "scalar" && !field.proto.proto3Optional)) return present;
-    return fc.oneof(absent, present);
+    const isPlain = field.fieldKind === "scalar" || field.fieldKind === "enum";
+    if (isChosen || rules.required || (isPlain && !field.proto.proto3Optional)) return present;
+    return fc.oneof({ weight: 1, arbitrary: absent }, { weight: 3, arbitrary: present });
   }
 
   #present(
@@ -156,10 +166,21 @@ class Trees {
   }
 }
 
-/** Many of a large item would be no message that a listener reads. */
+/** So many that they do not make a message that no listener reads: a test would do nothing but encode it. */
 function boundedCount(item: Value, count: number): number {
-  const isLarge = typeof item === "string" ? item.length > 1_000 : typeof item === "object";
-  return isLarge ? Math.min(count, 40) : count;
+  return Math.min(count, Math.ceil(maxRepeatedBytes / weightOf(item)));
+}
+
+/** About how many bytes a value takes. */
+function weightOf(value: Value): number {
+  if (typeof value === "string" || value instanceof Uint8Array) return 4 + value.length;
+  if (typeof value !== "object") return 8;
+  const weights = value.parts.map((part) => {
+    if (part.kind === "values") return part.values.reduce((sum: number, item) => sum + weightOf(item), 0);
+    if (part.kind === "junk") return Math.max(part.junk.bytes.length, part.junk.json.length);
+    return part.entries.reduce((sum, entry) => sum + weightOf(entry.key ?? "") + weightOf(entry.value ?? ""), 0);
+  });
+  return weights.reduce((sum, weight) => sum + weight, 8);
 }
 
 // --- within the rules

@@ -23,7 +23,7 @@ import { type MessageTree, toBytes, toJsonText } from "./message-tree.ts";
 import { type Hints, messages } from "./messages.ts";
 import { framed, type RawAnswer } from "./raw-calls.ts";
 
-const seconds = 5;
+const seconds = 4;
 const leaveMs = 150;
 const allowedGrowthBytes = 48 * 2 ** 20;
 const patienceMs = 60_000;

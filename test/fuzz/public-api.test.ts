@@ -20,7 +20,7 @@ import { type Hints, messages } from "./messages.ts";
 import { type Codec, type Protocol, protocols, type RawAnswer, type RawClient, requestOf } from "./raw-calls.ts";
 
 /** How long to fuzz. */
-const seconds = 15;
+const seconds = 12;
 /** A stream is left after this; a unary answer that takes so long is one of a method that waits. */
 const leaveStreamMs = 120;
 const leaveUnaryMs = 30_000;

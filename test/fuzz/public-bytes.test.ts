@@ -14,7 +14,7 @@ import { FuzzedControlPlane, memoryInUse } from "./fuzzed-control-plane.ts";
 import { fuzz, fuzzSeconds } from "./fuzzing.ts";
 import { framed, type RawRequest } from "./raw-calls.ts";
 
-const seconds = 6;
+const seconds = 5;
 const leaveMs = 100;
 /** The collector's slack, and what 4 MiB messages leave behind for a moment. */
 const allowedGrowthBytes = 48 * 2 ** 20;

@@ -112,7 +112,7 @@ export class Peers {
 export async function giveIdentity(
   store: IdentityStore,
   authority: TestAuthority,
-  listener: TestListener,
+  listener: Pick<TestListener, "port" | "url">,
   life: { readonly fromMs: number; readonly toMs: number },
 ): Promise<Identity> {
   const nodeId = newId("nod");
