@@ -6,6 +6,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, it } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
+import { createValidator } from "@bufbuild/protovalidate";
 import { create, type DescField, type DescMessage, type MessageInitShape, toBinary } from "@bufbuild/protobuf";
 import { durationFromMs, timestampFromMs } from "@bufbuild/protobuf/wkt";
 import {
@@ -247,11 +248,12 @@ async function startAgent(engine: PrivateEngine, authority: TestAuthority, port:
   const log = pino({ level: "silent" });
   const logs = new LogStore({ folder: state.paths.logs, engine: containers });
   const clock = readBootClock();
+  const validator = createValidator();
   const worker = new Worker({
     engine: containers,
     logs,
     journal,
-    judge: new Judge({ imageAllowlist: ["docker.io/library/"], inventory: () => inventory.current() }),
+    judge: new Judge({ validator, imageAllowlist: ["docker.io/library/"], inventory: () => inventory.current() }),
     clock,
     paths: state.paths,
     minFreeMib: 1,
@@ -269,6 +271,7 @@ async function startAgent(engine: PrivateEngine, authority: TestAuthority, port:
     await running;
   });
   const options: Omit<SessionOptions, "client"> = {
+    validator,
     worker,
     journal,
     inventory,
