@@ -120,7 +120,7 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
     const script =
       kind === "job"
         ? `echo run >> /workspace/runs; i=0; while [ $i -lt ${linesOfJob} ]; do i=$((i+1)); echo line $i; done; sleep 0.2`
-        : "echo run >> /workspace/runs; trap 'exit 0' TERM; while :; do sleep 0.1; done";
+        : "echo run >> /workspace/runs; trap 'exit 0' TERM; sleep 1000 & wait";
     const instance = await client.instances.run(
       {
         image: testImage,

@@ -11,7 +11,7 @@ import { eventually } from "../harness/eventually.ts";
 import { testImage, TestSystem } from "../harness/system.ts";
 
 const patienceMs = 60_000;
-const certificateLifetimeMs = 30_000;
+const certificateLifetimeMs = 15_000;
 /** The lease of tests is 3 s. */
 const longerThanLeaseMs = 6_000;
 
