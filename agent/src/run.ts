@@ -91,7 +91,7 @@ export async function runAgent(options: {
     workspaceFolder: state.paths.workspaces,
     dockerVersion: () => engineVersion(),
   });
-  const engine = openEngine(config, identity, state.paths, inventory);
+  const engine = openEngine(config, identity, state.paths);
   const logs = new LogStore({ folder: state.paths.logs, engine });
   const validator = createValidator();
   const judge = new Judge({ validator, imageAllowlist: config.imageAllowlist, inventory: () => inventory.current() });
@@ -164,8 +164,9 @@ async function writeReady(
   }
 }
 
-function openEngine(config: RunConfig, identity: Identity, paths: StatePaths, inventory: Inventory): ContainerEngine {
-  const simulated = inventory.current().gpus.filter((gpu) => gpu.simulated);
+function openEngine(config: RunConfig, identity: Identity, paths: StatePaths): ContainerEngine {
+  // Not from the inventory, which may not have them at first: no device is ever asked for one of these.
+  const simulated = config.simulatedGpus === undefined ? [] : simulateGpus(config.simulatedGpus, identity.nodeId).gpus;
   return new ContainerEngine({
     socketPath: config.dockerSocket,
     nodeId: identity.nodeId,

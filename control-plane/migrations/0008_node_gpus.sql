@@ -1,3 +1,6 @@
+-- Instances that show an unhealthy GPU: few, and looked for every second. First, because everybody locks instances before nodes.
+create index instances_gpu_trouble on instances (id) where gpus @? '$[*].trouble';
+
 -- The GPUs of nodes apart from their inventories, so that who is ill, and who is reported twice, is a cheap question.
 create table node_gpus (
   node_id text collate "C" not null references nodes (id),
@@ -13,12 +16,9 @@ alter table node_gpus enable row level security;
 alter table node_gpus force row level security;
 create policy owner_all on node_gpus to clodei_owner using (true) with check (true);
 create policy system_all on node_gpus to clodei_system using (true) with check (true);
-grant select, insert on node_gpus to clodei_system;
+grant select, insert, delete on node_gpus to clodei_system;
 grant update (reported, trouble) on node_gpus to clodei_system;
 
 -- Which of its GPUs other nodes report as well, for an operator; '' where none.
 alter table nodes add column shared_gpus_message text not null default '';
 grant update (shared_gpus_message) on nodes to clodei_system;
-
--- Instances that show an unhealthy GPU: few, and looked for every second.
-create index instances_gpu_trouble on instances (id) where gpus @? '$[*].trouble';

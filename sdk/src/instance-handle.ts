@@ -73,7 +73,7 @@ export class InstanceHandle {
    * @example await instance.waitUntilRunning({ timeoutMs: 60_000 });
    */
   async waitUntilRunning(options: WaitOptions = {}): Promise<Instance> {
-    return await this.#waitUntil("RUNNING", hasRun, { timeoutMs: waitUntilRunningMs, ...options });
+    return await this.#waitUntil("RUNNING", hasRun, { ...options, timeoutMs: options.timeoutMs ?? waitUntilRunningMs });
   }
 
   /**
@@ -100,7 +100,10 @@ export class InstanceHandle {
    */
   async waitUntilDeleted(options: WaitOptions = {}): Promise<Instance> {
     const isDeleted = (instance: Instance) => instance.state === InstanceState.DELETED;
-    return await this.#waitUntil("DELETED", isDeleted, { timeoutMs: waitUntilDeletedMs, ...options });
+    return await this.#waitUntil("DELETED", isDeleted, {
+      ...options,
+      timeoutMs: options.timeoutMs ?? waitUntilDeletedMs,
+    });
   }
 
   /**

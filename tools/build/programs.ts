@@ -1,5 +1,5 @@
 // The programs in the form that production runs: JavaScript, with the flags of Node that it is run with.
-import { chmodSync, cpSync, mkdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { chmodSync, cpSync, mkdirSync, readFileSync, renameSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { packageProgram, runTool } from "../check/run-tool.ts";
 
@@ -39,16 +39,19 @@ export function nodeArguments(root: string, program: BuiltProgram): string[] {
   return [...program.nodeFlags, join(root, buildFolder, program.main)];
 }
 
-/** Builds everything anew into `dist`. Throws with the compiler's words where it finds a fault. */
+/** Builds everything anew into `dist`; what was there stays until that is done. Throws with the compiler's words. */
 export async function buildPrograms(root: string): Promise<void> {
-  const built = join(root, buildFolder);
+  const built = join(root, `${buildFolder}.new`);
   rmSync(built, { recursive: true, force: true });
-  const { ok, output } = await runTool(root, packageProgram(root, "tsc"), ["--project", "tsconfig.build.json"]);
+  const parameters = ["--project", "tsconfig.build.json", "--outDir", built];
+  const { ok, output } = await runTool(root, packageProgram(root, "tsc"), parameters);
   if (!ok) throw new Error(output);
   linkProto(root, built);
   // The control plane reads them beside its source.
   cpSync(join(root, "control-plane/migrations"), join(built, "control-plane/migrations"), { recursive: true });
   for (const program of Object.values(builtPrograms)) writeScript(built, program);
+  rmSync(join(root, buildFolder), { recursive: true, force: true });
+  renameSync(built, join(root, buildFolder));
 }
 
 /** Programs import the contract by its package's name: here that leads to what was built of it. */

@@ -30,9 +30,9 @@ export function configurationDocumentText(): string {
   return [
     "# Configuration",
     "",
-    "A flag wins over its variable. What is a secret has no flag: everybody on the machine sees command lines. A value that",
-    "cannot be used stops the start, with its name and what is allowed; all such values at once. `--help` of each program",
-    "says the same as this file, which is generated from `control-plane/src/config.ts` and `agent/src/config.ts` by",
+    "A flag wins over its variable. Everybody on the machine sees command lines: give secrets by variables or files. A value",
+    "that cannot be used stops the start, with its name and what is allowed; all such values at once. `--help` of each",
+    "program says the same as this file, which is generated from `control-plane/src/config.ts` and `agent/src/config.ts` by",
     "`npm run generate`.",
     "",
     "## Control plane",

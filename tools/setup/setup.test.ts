@@ -152,7 +152,10 @@ test("the launcher names its commands, refuses others, and each command has help
         },
       );
     });
-  assert.match((await launch("--help")).output, /start .*\n.*test .*\n.*check .*\n.*bench .*\n.*generate /u);
+  assert.match(
+    (await launch("--help")).output,
+    /start .*\n.*test .*\n.*check .*\n.*bench .*\n.*build .*\n.*generate /u,
+  );
   assert.equal((await launch("strat")).code, 2);
   for (const command of ["start", "test", "check", "generate"]) {
     const { code, output } = await launch(command, "--help");

@@ -40,7 +40,7 @@ export class ContainerCreation {
         );
         return { id, ran: false, network: body.HostConfig?.NetworkMode ?? "" };
       } catch (error) {
-        if (refusalOf(error)?.status !== 409) throw startFailure(error);
+        if (refusalOf(error)?.status !== 409) throw startFailure(error, body.HostConfig?.NetworkMode ?? "");
       }
       const found = await this.#containers.inspect(name, signal);
       if (found === undefined) continue;
@@ -56,14 +56,14 @@ export class ContainerCreation {
 }
 
 /** What a refused create or start is to the customer. */
-export function startFailure(error: unknown): unknown {
+export function startFailure(error: unknown, network: string): unknown {
   if (!(error instanceof EngineError) || error.kind === "away" || refusalOf(error) === undefined) return error;
   // Nothing that the customer did: it is tried again, with another network.
-  if (isNetworkMissing(error)) return error;
+  if (isNetworkMissing(error, network)) return error;
   return new EngineError("start_failed", error.message, { cause: error });
 }
 
-/** Whether an engine refused because the container's network is not there. */
-export function isNetworkMissing(error: unknown): boolean {
-  return /network .* not found/i.test(refusalOf(error)?.message ?? "");
+/** Whether an engine refused because the container's network is not there. By its name, which no customer knows. */
+export function isNetworkMissing(error: unknown, network: string): boolean {
+  return refusalOf(error)?.message.includes(`network ${network} not found`) === true;
 }

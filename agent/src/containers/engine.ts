@@ -148,7 +148,7 @@ export class ContainerEngine {
       const body = containerBody(this.#settings, key, generation, spec, image.imageId, workspace, network);
       container = await this.#creation.createOrAdopt(key, body, signal);
     } catch (error) {
-      if (isNetworkMissing(error)) this.#networks.forgetReady();
+      if (isNetworkMissing(error, network)) this.#networks.forgetReady();
       throw error;
     } finally {
       this.#networks.settle(network);
@@ -168,8 +168,8 @@ export class ContainerEngine {
    * @param created As `create` returned it just now; otherwise the engine is asked.
    */
   async start(key: AttemptKey, signal: AbortSignal, created?: CreatedContainer): Promise<StartedContainer> {
-    const { id, ran } = created ?? (await this.#lookCreated(key, signal));
-    if (!ran) await this.#start(id, signal);
+    const { id, ran, network } = created ?? (await this.#lookCreated(key, signal));
+    if (!ran) await this.#start(id, network, signal);
     return this.#readBack.read(key, await this.#containers.get(key, signal), signal);
   }
 
@@ -335,15 +335,15 @@ export class ContainerEngine {
     return { id: container.Id, ran, network: container.HostConfig.NetworkMode ?? "" };
   }
 
-  async #start(containerId: string, signal: AbortSignal): Promise<void> {
+  async #start(containerId: string, network: string, signal: AbortSignal): Promise<void> {
     try {
       await this.#containers.change("start the container", signal, 0, async (docker, abortSignal) => {
         await docker.getContainer(containerId).start({ abortSignal });
       });
     } catch (error) {
       if (refusalOf(error)?.status === 304) return;
-      if (isNetworkMissing(error)) this.#networks.forgetReady();
-      throw startFailure(error);
+      if (isNetworkMissing(error, network)) this.#networks.forgetReady();
+      throw startFailure(error, network);
     }
   }
 

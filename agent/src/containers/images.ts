@@ -4,7 +4,7 @@ import { type ImageReference, parseImageReference } from "@clodei/proto/image-re
 import type { ImageInspectInfo } from "dockerode";
 import { type DockerClient, isMissing } from "./docker-client.ts";
 import { EngineError } from "./engine-error.ts";
-import { defaultPullSilenceMs, pullImage } from "./pull.ts";
+import { defaultPullSilenceMs, type PullActivity, pullImage } from "./pull.ts";
 import type { PullBytes } from "./pull-progress.ts";
 import { type RegistryAuth, RegistryAuthError, type RegistryCredentials } from "./registry-auth.ts";
 
@@ -23,6 +23,7 @@ export class Images {
   readonly #client: DockerClient;
   readonly #auth: RegistryAuth | undefined;
   readonly #silenceMs: number;
+  readonly #activity: PullActivity = { heardMs: 0 };
 
   constructor(client: DockerClient, auth: RegistryAuth | undefined, silenceMs = defaultPullSilenceMs) {
     this.#client = client;
@@ -50,6 +51,7 @@ export class Images {
       reference,
       credentials,
       silenceMs: this.#silenceMs,
+      activity: this.#activity,
       onProgress,
       signal,
     });

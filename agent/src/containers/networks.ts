@@ -50,8 +50,12 @@ export class ContainerNetworks {
 
   /** Makes networks ready, but not while starts want the engine for themselves. */
   async prepare(signal: AbortSignal): Promise<void> {
-    while (this.#ready.length < readyNetworks && performance.now() - this.#takenMs >= restMs)
-      this.#ready.push(await this.#make(signal));
+    while (!signal.aborted && this.#ready.length < readyNetworks && performance.now() - this.#takenMs >= restMs) {
+      // Not cut off by the signal: the engine would go on making a network of which nobody knows.
+      const name = await this.#make(AbortSignal.timeout(changeTimeoutMs));
+      // After the call: those that were ready before it may be forgotten by now.
+      this.#ready.push(name);
+    }
   }
 
   /** Those that were made ready are not to be trusted: somebody took one away. The sweep removes what is left of them. */
@@ -78,14 +82,17 @@ export class ContainerNetworks {
     const suspects = listed.filter((name) => !this.#reserved.has(name));
     if (suspects.length === 0) return;
     const named = await readNamed();
+    const failures: unknown[] = [];
     for (const name of suspects) {
-      if (!named.has(name)) await this.#removeByName(name, signal);
+      // One that an operator's own container is in must not keep the others here.
+      if (!named.has(name)) await this.#removeByName(name, signal).catch((error: unknown) => failures.push(error));
     }
+    if (failures.length > 0) throw failures[0];
   }
 
   async #make(signal: AbortSignal): Promise<string> {
     const start = randomInt(this.#pool.subnets);
-    for (let step = 0; step < maxSubnetTries; step += 1) {
+    for (let step = 0; step < Math.min(maxSubnetTries, this.#pool.subnets); step += 1) {
       const id = randomBytes(6).toString("hex");
       const name = networkName(id);
       // Before it is there: a sweep may see it sooner than the answer comes.

@@ -26,6 +26,14 @@ test("what Docker says of a pull is told apart, whatever names and digests are i
     ["invalid character 'x' looking for beginning of value", "damaged"],
     ["unknown blob", "damaged"],
     [
+      `error parsing HTTP 502 response body: invalid character '<' looking for beginning of value: "<html>denied EOF</html>"`,
+      "pull_failed",
+    ],
+    [
+      `error parsing HTTP 403 response body: invalid character '<' looking for beginning of value: "<html>gone</html>"`,
+      "unauthorized",
+    ],
+    [
       `Get "http://${address}/v2/${name}/blobs/${digest}": dial tcp ${address}: connect: connection refused`,
       "unreachable",
     ],

@@ -25,7 +25,11 @@ export function pullError(error: unknown, reference: ImageReference): unknown {
   if (refusal?.status === 404 || /manifest unknown|name unknown|repository does not exist|not found: /i.test(text)) {
     return new EngineError("image_not_found", `${registry} has no image ${image}`, { cause: error });
   }
-  if (/unauthorized|authentication required|no basic auth credentials|access .*denied|denied: |forbidden/i.test(text)) {
+  if (
+    /unauthorized|authentication required|no basic auth credentials|access .*denied|denied: |forbidden|error parsing HTTP 40[13] /i.test(
+      text,
+    )
+  ) {
     const message = `${registry} does not give ${image} to this node: it may not exist, or ask for credentials that the node does not have`;
     return new EngineError("unauthorized", message, { cause: error });
   }
@@ -35,10 +39,15 @@ export function pullError(error: unknown, reference: ImageReference): unknown {
 
 /** Names, which may hold any of the words that are looked for: a digest with "429" in it is no limit of the registry. */
 function withoutNames(words: string, { registry, repository }: ImageReference): string {
-  return words
-    .replaceAll(/https?:\/\/[^\s"]+/g, "an address")
-    .replaceAll(`${registry}/${repository}`, "the image")
-    .replaceAll(/sha256:[0-9a-f]+/g, "a digest");
+  return (
+    words
+      .replaceAll(/https?:\/\/[^\s"]+/g, "an address")
+      .replaceAll(`${registry}/${repository}`, "the image")
+      .replaceAll(registry, "the registry")
+      // What came instead of an answer: a proxy's page may hold any words.
+      .replace(/(response body: .*?): ".*"$/s, "$1")
+      .replaceAll(/sha256:[0-9a-f]+/g, "a digest")
+  );
 }
 
 type PullFailure = readonly [pattern: RegExp, kind: EngineErrorKind, why: string];
@@ -47,6 +56,7 @@ const otherFailure: PullFailure = [/^/, "pull_failed", "the registry did not giv
 
 /** What Docker's words mean, the most exact first. */
 const pullFailures: readonly PullFailure[] = [
+  [/error parsing HTTP \d+ response/i, "pull_failed", "what answered there did not speak as a registry"],
   [/toomanyrequests|too many requests/i, "pull_failed", "the registry limits how much is pulled, try again later"],
   [/no space left/i, "pull_failed", "the node's disk is full"],
   [/x509|certificate|tls:/i, "pull_failed", "the node does not trust the registry's certificate"],

@@ -17,12 +17,17 @@ export const defaultPullSilenceMs = 5 * 60 * 1000;
 export interface PullOptions {
   readonly reference: ImageReference;
   readonly credentials: RegistryCredentials | undefined;
-  /** A pull that says nothing for so long is given up. */
+  /** A pull is given up when neither it nor any other of this agent said anything for so long. */
   readonly silenceMs: number;
+  /** Of all pulls: the engine fetches some layers at a time, and those of a pull may wait for another's. */
+  readonly activity: PullActivity;
   /** Is told at the start, of no bytes, and of each step. */
   readonly onProgress: (bytes: PullBytes) => void;
   readonly signal: AbortSignal;
 }
+
+/** When the last word of any pull came, by `performance.now()`. */
+export type PullActivity = { heardMs: number };
 
 /**
  * Pulls. The engine itself takes up a connection that broke where it was, five times with growing pauses; a pull that
@@ -30,9 +35,15 @@ export interface PullOptions {
  * Throws EngineError: away, or one of the kinds of an image that cannot be had.
  */
 export async function pullImage(client: DockerClient, options: PullOptions): Promise<string | undefined> {
-  const { reference, credentials, silenceMs, onProgress, signal } = options;
+  const { reference, credentials, silenceMs, activity, onProgress, signal } = options;
   const silence = new AbortController();
-  const timer = setTimeout(() => silence.abort(), silenceMs);
+  activity.heardMs = performance.now();
+  const listen = (): void => {
+    const leftMs = silenceMs - (performance.now() - activity.heardMs);
+    if (leftMs <= 0) silence.abort();
+    else timer = setTimeout(listen, leftMs);
+  };
+  let timer = setTimeout(listen, silenceMs);
   const limits = { signal: AbortSignal.any([signal, silence.signal]), timeoutMs: pullTimeoutMs };
   const progress = new PullProgressCounter(onProgress);
   // A registry that never answers is a pull as well.
@@ -46,7 +57,7 @@ export async function pullImage(client: DockerClient, options: PullOptions): Pro
       };
       const stream = await docker.createImage(credentials ?? {}, query);
       for await (const line of jsonLines(stream as Readable)) {
-        timer.refresh();
+        activity.heardMs = performance.now();
         progress.take(line);
       }
     });

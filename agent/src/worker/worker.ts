@@ -35,8 +35,10 @@ const lookEveryMs = 5000;
 const lookWhenAwayMs = 1000;
 /** Networks and folders that nobody needs are looked for this often. */
 const sweepEveryMs = 15_000;
-/** Networks that starts took are replaced as soon. */
+/** Whether networks that starts took are to be replaced is looked at this often. */
 const prepareEveryMs = 250;
+/** Where none could be made: the addresses are used up, or the engine refuses. */
+const prepareAgainMs = 15_000;
 /** So long an ending worker waits for the engine to let go of what was asked of it. */
 const shutdownMs = 10_000;
 /** An event storm (a container that writes its health each millisecond) must not make a storm of looks. */
@@ -417,9 +419,13 @@ export class Worker {
       if (removed > 0) log.warn({ removed }, "removed containers that named no attempt");
       const cleared = await engine.clearStrays(signal);
       if (cleared > 0) log.warn({ cleared }, "ended what was left of containers that the engine does not know");
-      await engine.sweepNetworks(signal);
     } catch (error) {
       if (!signal.aborted) log.warn({ error: messageOf(error) }, "looking for what was left behind failed");
+    }
+    try {
+      await engine.sweepNetworks(signal);
+    } catch (error) {
+      if (!signal.aborted) log.warn({ error: messageOf(error) }, "a network that nobody needs could not be removed");
     }
   }
 
@@ -442,10 +448,11 @@ export class Worker {
     while (!signal.aborted) {
       try {
         if (this.acceptance().accepting) await engine.prepareNetworks(signal);
+        await sleep(prepareEveryMs, signal);
       } catch (error) {
-        if (!signal.aborted) log.debug({ error: messageOf(error) }, "no network could be made ready");
+        if (!signal.aborted) log.warn({ error: messageOf(error) }, "no network could be made ready");
+        await sleep(prepareAgainMs, signal);
       }
-      await sleep(prepareEveryMs, signal);
     }
     try {
       await engine.dropNetworks(AbortSignal.timeout(shutdownMs));

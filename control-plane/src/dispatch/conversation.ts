@@ -15,12 +15,11 @@ import { nodeLinkProtocolVersion } from "@clodei/proto/node-link";
 import type { InstancesService } from "../instances/service.ts";
 import type { NodesService } from "../nodes/service.ts";
 import type { Clock } from "../platform/clock.ts";
-import type { Database } from "../platform/database.ts";
-import { DomainError } from "../platform/errors.ts";
+import { type Database, DatabaseAwayError } from "../platform/database.ts";
 import type { Log } from "../platform/log.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
 import { authorize } from "../rpc/authorization.ts";
-import { reasonName, statusOf } from "../rpc/errors.ts";
+import { reasonName } from "../rpc/errors.ts";
 import type { CertificateGate } from "./certificate-gate.ts";
 import type { HeartbeatBatcher } from "./heartbeats.ts";
 import type { Received } from "./incoming.ts";
@@ -112,8 +111,8 @@ export class Conversation {
       try {
         return await work();
       } catch (error) {
-        const isDatabaseAway = !(error instanceof DomainError) && statusOf(error, "").reason === "UNAVAILABLE";
-        if (!isDatabaseAway || link.ended.aborted || link.goodbyeReason !== undefined) throw error;
+        if (!(error instanceof DatabaseAwayError) || link.ended.aborted || link.goodbyeReason !== undefined)
+          throw error;
         this.#options.log.debug({ err: error, nodeId: link.peer.nodeId }, "a session waits for the database");
         await sleep(databaseRetryMs * (0.5 + Math.random()), undefined, { signal: link.ended }).catch(() => undefined);
       }

@@ -176,7 +176,7 @@ function startReconcilers({ database, nodes, wakeups, log }: NodeListenerDeps): 
   stack.use(
     startReconciler({
       name: "shared-gpus",
-      topics: ["nodes"],
+      topics: [],
       intervalMs: sharedGpusCheckMs,
       wakeups,
       log,

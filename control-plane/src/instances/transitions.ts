@@ -135,8 +135,9 @@ export function noteGpuHealth(instance: Instance, troubles: ReadonlyMap<string, 
   const rose = gpus.filter(({ uuid, trouble }) => trouble === undefined && before.get(uuid) !== undefined);
   const events: EventDraft[] = [];
   if (fell.length > 0) {
+    const goesOn = instance.status.state === "RUNNING" ? " What runs goes on." : "";
     const why = fell.map(({ uuid, trouble = "" }) => `${uuid} is unhealthy: ${trouble.slice(0, maxTroubleCharacters)}`);
-    events.push({ ...draftOf(next), reason: "GPU_UNHEALTHY", message: `${why.join("; ")}. What runs goes on.` });
+    events.push({ ...draftOf(next), reason: "GPU_UNHEALTHY", message: `${why.join("; ")}.${goesOn}` });
   }
   if (rose.length > 0) {
     const message = `Healthy again: ${rose.map(({ uuid }) => uuid).join(", ")}.`;

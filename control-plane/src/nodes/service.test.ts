@@ -282,6 +282,22 @@ describe("the desired set's generation", () => {
   });
 });
 
+test("a node that tells of other GPUs each time fills no table", async () => {
+  const nodeId = await newNode();
+  await fleet.hello(nodeId);
+  const { inventory } = await read(nodeId);
+  const [gpu] = inventory?.gpus ?? [];
+  assert.ok(inventory !== undefined && gpu !== undefined);
+  for (let round = 0; round < 3; round += 1) {
+    const gpus = Array.from({ length: 64 }, (_, index) => ({ ...gpu, uuid: `GPU-${round}-${index}` }));
+    await fleet.db.database.system((tx) => fleet.nodes.recordInventory(tx, nodeId, { ...inventory, gpus }));
+  }
+  const [row] = await fleet.db.database.system((tx) =>
+    tx.query<{ count: bigint }>("select count(*) as count from node_gpus where node_id = $1", [nodeId]),
+  );
+  assert.equal(row?.count, 128n);
+});
+
 describe("a GPU that two nodes report", () => {
   test("is told to the operator on both, until one of them no longer has it", async () => {
     const [one, other, third] = [await newNode(), await newNode(), await newNode()];
@@ -349,7 +365,7 @@ describe("rights in the database", () => {
       "update enrollments set node_id = node_id",
       "update node_certificates set expire_time = 'infinity'",
       "truncate node_certificates",
-      "delete from node_gpus",
+      "update node_gpus set node_id = node_id",
     ];
     for (const statement of statements) {
       await assert.rejects(

@@ -231,6 +231,9 @@ export async function updateNode(tx: SystemTx, nodeId: NodeId, change: NodeChang
   await recordNodeChange(tx, nodeId);
 }
 
+/** As many as a node can have. */
+const maxGoneGpus = 64;
+
 /** What is said of a GPU that the node's inventory had before. */
 const goneTrouble = "its node no longer tells of it";
 
@@ -246,6 +249,13 @@ async function writeNodeGpus(tx: SystemTx, nodeId: NodeId, inventory: NodeInvent
      on conflict (node_id, gpu_uuid) do update set reported = true, trouble = excluded.trouble
      where not node_gpus.reported or node_gpus.trouble <> excluded.trouble`,
     [nodeId, [...troubles.keys()], [...troubles.values()], goneTrouble],
+  );
+  // A node that tells of new ones each time must not fill the table that everybody reads.
+  await tx.execute(
+    `delete from node_gpus where node_id = $1 and not reported and gpu_uuid not in (
+       select gpu_uuid from node_gpus where node_id = $1 and not reported order by gpu_uuid limit $2
+     )`,
+    [nodeId, maxGoneGpus],
   );
 }
 

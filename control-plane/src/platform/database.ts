@@ -294,6 +294,8 @@ const lostConnectionCodes: ReadonlySet<unknown> = new Set([
   "ENOENT",
   "ENOTFOUND",
   "EPIPE",
+  "ERR_STREAM_DESTROYED",
+  "ERR_STREAM_WRITE_AFTER_END",
   "ETIMEDOUT",
 ]);
 

@@ -55,7 +55,7 @@ export function createMetrics(): Metrics {
     }),
     refusedConnections: new Counter({
       name: "clodei_public_connections_refused_total",
-      help: "Connections of the public listener that were cut because their address had too many.",
+      help: "Connections of the public listener that were cut: their address had too many, or is no trusted proxy in plain mode.",
       registers,
     }),
   };

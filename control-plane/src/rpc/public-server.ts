@@ -220,6 +220,8 @@ class Connections {
   countRequest({ socket }: Request, response: EventEmitter): void {
     if (!this.#http1.has(socket)) return;
     this.#http1.set(socket, (this.#http1.get(socket) ?? 0) + 1);
+    // A stream may have nothing to say for long. After the response Node waits for the next request, for its own time.
+    socket.setTimeout(0);
     response.once("close", () => {
       if (this.#http1.has(socket)) this.#http1.set(socket, (this.#http1.get(socket) ?? 1) - 1);
       if (this.#isDraining && this.#http1.get(socket) === 0) socket.end();

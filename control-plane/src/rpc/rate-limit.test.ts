@@ -43,6 +43,9 @@ test("memory is bounded however many ask", () => {
 test("one user's addresses share a bucket: all of IPv4, the /64 of IPv6", () => {
   assert.equal(limitedAddressOf("10.0.0.1"), "10.0.0.1");
   assert.equal(limitedAddressOf("::ffff:10.0.0.1"), "10.0.0.1");
+  // As version 2 of the PROXY protocol has addresses: each group in full.
+  assert.equal(limitedAddressOf("0000:0000:0000:0000:0000:ffff:0a00:0001"), "10.0.0.1");
+  assert.equal(limitedAddressOf("2001:0db8:0000:0001:0000:0000:0000:0007"), limitedAddressOf("2001:db8:0:1::8"));
   assert.equal(limitedAddressOf("2001:db8:1:2:3:4:5:6"), limitedAddressOf("2001:db8:1:2:ffff::1"));
   assert.notEqual(limitedAddressOf("2001:db8:1:2::1"), limitedAddressOf("2001:db8:1:3::1"));
   assert.equal(limitedAddressOf("2001:db8::1"), "2001:db8:0:0::/64");

@@ -3,6 +3,7 @@
 import { isIPv6 } from "node:net";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { DomainError } from "../platform/errors.ts";
+import { canonicalAddress } from "./trusted-proxies.ts";
 
 /** How often: so many a second in the long run, and so many at once. */
 export type Rate = { readonly perSecond: number; readonly burst: number };
@@ -48,11 +49,10 @@ export class RateLimiter {
 }
 
 /** The part of an address that one user holds: all of IPv4's, and the /64 of IPv6's. */
-export function limitedAddressOf(address: string): string {
-  const mapped = /^::ffff:(\d+\.\d+\.\d+\.\d+)$/i.exec(address);
-  if (mapped?.[1] !== undefined) return mapped[1];
+export function limitedAddressOf(text: string): string {
+  const address = canonicalAddress(text) ?? text;
   if (!isIPv6(address)) return address;
-  const [head = "", tail] = (address.split("%")[0] ?? "").split("::");
+  const [head = "", tail] = address.split("::");
   const groups = head === "" ? [] : head.split(":");
   const rest = tail === undefined || tail === "" ? [] : tail.split(":");
   const zeros =

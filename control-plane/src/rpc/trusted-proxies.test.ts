@@ -27,6 +27,10 @@ describe("trusted proxies", () => {
     for (const range of ["10.0.0.0/8", "::1", "2001:db8::/32", "192.0.2.7/32"]) checkProxyRange(range);
     assert.throws(() => checkProxyRange("0.0.0.0/0"), /would trust everybody/);
     assert.throws(() => checkProxyRange("::/0"), /would trust everybody/);
+    for (const range of ["::1/8", "::/64", "::ffff:0:0/90"]) {
+      assert.throws(() => checkProxyRange(range), /by IPv4|write it as IPv4/, range);
+    }
+    assert.throws(() => checkProxyRange("10.0.0.0/8/9"), /no address and no range/);
     assert.throws(() => checkProxyRange("::ffff:10.0.0.0/104"), /write it as IPv4/);
     for (const wrong of ["proxy.example", "10.0.0.0/33", "10.0.0.0/", "10.0.0.0/-1", "10.0.0", "*", "fe80::1%eth0"]) {
       assert.throws(() => checkProxyRange(wrong), new RegExp(JSON.stringify(wrong).replaceAll("*", "\\*")), wrong);

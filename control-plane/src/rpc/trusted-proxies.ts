@@ -54,10 +54,10 @@ export function checkProxyRange(text: string): void {
 }
 
 function parseRange(text: string): Range {
-  const [address = "", bits] = text.split("/", 2);
+  const [address = "", bits, ...more] = text.split("/");
   const version = isIP(address);
   const quoted = JSON.stringify(text);
-  if (version === 0 || address.includes("%")) {
+  if (version === 0 || address.includes("%") || more.length > 0) {
     throw new Error(`${quoted} is no address and no range, such as 192.0.2.7, 10.0.0.0/8 or fd00::/8`);
   }
   if (version === 6 && canonicalAddress(address)?.includes(".") === true) {
@@ -69,11 +69,20 @@ function parseRange(text: string): Range {
     throw new Error(`${quoted}: the prefix must be a number up to ${addressBits}`);
   }
   if (prefixBits === 0) throw new Error(`${quoted} would trust everybody`);
-  return { address, prefixBits, family: version === 4 ? "ipv4" : "ipv6" };
+  const range: Range = { address, prefixBits, family: version === 4 ? "ipv4" : "ipv6" };
+  // All of IPv4 stands in IPv6 as ::ffff:0:0/96, and a wide range around it would hold that.
+  if (version === 6 && holdsIPv4(range)) throw new Error(`${quoted} would trust everybody who comes by IPv4`);
+  return range;
+}
+
+function holdsIPv4({ address, prefixBits, family }: Range): boolean {
+  const list = new BlockList();
+  list.addSubnet(address, prefixBits, family);
+  return list.check("0.0.0.0", "ipv4");
 }
 
 /** An address in the one form that it has here; IPv4 within IPv6 is IPv4. Undefined where it is none. */
-function canonicalAddress(text: string): string | undefined {
+export function canonicalAddress(text: string): string | undefined {
   const version = isIP(text);
   if (version === 0) return undefined;
   if (version === 4) return text;
