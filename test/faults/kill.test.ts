@@ -24,7 +24,7 @@ import { TcpProxy } from "../harness/tcp-proxy.ts";
 import { lostEnd, lostStart } from "./lost.ts";
 
 /** Kills of each kind: 12 make the 60 of a long run. */
-const killsOfEach = amount("CLODEI_TEST_KILLS", 4);
+const killsOfEach = amount("CLODEI_TEST_KILLS", 3);
 const customers = 6;
 /** Each customer has so many instances at least, however slow the machine is: 34 make the 200 of a long run. */
 const leastLives = amount("CLODEI_TEST_LIVES", 3);

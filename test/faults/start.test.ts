@@ -14,7 +14,7 @@ import { eventually } from "../harness/eventually.ts";
 import { randomFrom, testSeed } from "../harness/random.ts";
 import { importBusybox } from "../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
-import { lostStart } from "./lost.ts";
+import { lostEnd, lostStart } from "./lost.ts";
 
 const kills = 4;
 /** Started together, so that one kill finds them at different steps of their starts. */
@@ -49,8 +49,8 @@ describe("the engine is killed while it starts containers", { skip: engineUnavai
         if (reason === InstanceReason.COMPLETED) assert.equal(runs, 1, what);
         else {
           assert.equal(reason, InstanceReason.NODE_ERROR, what);
-          assert.match(message, lostStart, what);
-          assert.ok(runs <= 1, what);
+          // The program is short: the kill may as well have met its end.
+          assert.ok(lostStart.test(message) ? runs <= 1 : lostEnd.test(message) && runs === 1, what);
         }
         return [id, reason];
       }),

@@ -215,10 +215,10 @@ test("what is broken is named, in each protocol", { timeout: 60_000 }, async () 
     "parse binary:": { headers: grpc, body: [framed(Buffer.from([0xff]))] },
     "decompression failed": { headers: gzip, body: [torn] },
     "decompression failed ": { headers: { ...grpc, "grpc-encoding": "gzip" }, body: [framed(torn, 1)] },
-    "larger than configured readMaxBytes": { headers: gzip, body: [bomb] },
+    "the message is larger than": { headers: gzip, body: [bomb] },
     "received compressed envelope": { headers: grpc, body: [framed(packed, 1)] },
     "incomplete envelope": { headers: grpc, body: [framed(valid, 0, valid.length + 1)] },
-    "larger than configured readMaxBytes ": { headers: grpc, body: [framed(valid, 0, 2 ** 31)] },
+    "the message is larger than ": { headers: grpc, body: [framed(valid, 0, 2 ** 31)] },
     "not base64": { path: `${list}?connect=v1&encoding=proto&base64=1&message=****`, headers: {}, body: [] },
   };
   for (const [words, { path = list, headers: sent, body: bytes }] of Object.entries(broken)) {

@@ -4,12 +4,12 @@ import { join } from "node:path";
 /** A test file and how it may be run. */
 export type TestFile = {
   readonly path: string;
-  /** Starts whole systems or every tool: runs alone. */
+  /** Kills, cuts off or starts whole systems: runs alone. */
   readonly isHeavy: boolean;
 };
 
 const folders = ["proto", "control-plane", "agent", "sdk", "tools", "test"];
-const heavyFolders = ["test/", "tools/"];
+const heavyFolders = ["test/faults/", "test/invariants/", "test/system/", "tools/start/"];
 const ignoredFolders = new Set(["node_modules", "dist", "gen"]);
 
 function filesBelow(root: string, folder: string): string[] {

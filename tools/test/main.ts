@@ -9,7 +9,7 @@ import { endGroup, runFile } from "./run-file.ts";
 
 /** Light files at once: a PostgreSQL and a Docker engine beside each must still fit. */
 const maxFilesAtOnce = 2;
-const lightTimeoutMs = 5 * 60_000;
+const lightTimeoutMs = 10 * 60_000;
 const heavyTimeoutMs = 20 * 60_000;
 /** How often a long file says that it still runs. */
 const stillRunningMs = 60_000;
