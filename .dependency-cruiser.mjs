@@ -93,8 +93,9 @@ export default {
       name: "docker-only-in-containers",
       comment: "agent/src/containers is the only part of the agent that talks to Docker",
       severity: "error",
-      from: { path: "^(agent|control-plane|sdk|proto)/", pathNot: "^agent/src/containers/" },
-      to: { path: "(^|/)node_modules/(@types/)?dockerode/" },
+      // The doctor asks the engine before there is an agent.
+      from: { path: "^agent/", pathNot: ["^agent/src/containers/", "^agent/src/doctor/engine-checks\\.ts$"] },
+      to: { path: ["^agent/src/containers/docker-client\\.ts$", "^(node:)?http$"] },
     },
     {
       name: "no-test-code-in-programs",

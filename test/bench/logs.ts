@@ -6,9 +6,10 @@ import { request } from "node:http";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { InstanceHandle } from "@clodei/sdk";
-import Docker from "dockerode";
-import { listContainers } from "../harness/containers.ts";
+import { callEngine } from "../../tools/engine/api.ts";
+import { inspectContainer, listContainers } from "../harness/containers.ts";
 import { testImage, TestSystem } from "../harness/system.ts";
+import { createContainer, removeContainer } from "./engine-calls.ts";
 import { type Figure, quantile, rounded } from "./figures.ts";
 import { rssMib } from "./process-usage.ts";
 import { buildForProduction, productionEnv } from "./production.ts";
@@ -96,14 +97,14 @@ async function followOurs(system: TestSystem): Promise<number> {
 /** What of a container's settings decides how fast its output comes. */
 interface ContainerShape {
   readonly Image: string;
-  readonly HostConfig: Pick<Docker.HostConfig, "LogConfig" | "NanoCpus" | "Memory">;
+  readonly HostConfig: Readonly<Record<"LogConfig" | "NanoCpus" | "Memory", unknown>>;
 }
 
-async function shapeOfOurs(system: TestSystem, docker: Docker): Promise<ContainerShape> {
+async function shapeOfOurs(system: TestSystem): Promise<ContainerShape> {
   const { instance, workspace } = await run(system, 1);
   const [listed] = await listContainers(system.engine, instance.id);
   if (listed === undefined) throw new Error("the instance has no container");
-  const { Image, HostConfig } = await docker.getContainer(listed.Id).inspect();
+  const { Image, HostConfig } = await inspectContainer(system.engine, listed.Id);
   const { LogConfig, NanoCpus, Memory } = HostConfig;
   await go(workspace, 0);
   await remove(instance);
@@ -112,22 +113,23 @@ async function shapeOfOurs(system: TestSystem, docker: Docker): Promise<Containe
 }
 
 /** One burst by the engine's API alone, which is what `docker logs --follow` reads. */
-async function followBare(system: TestSystem, docker: Docker, shape: ContainerShape, round: number): Promise<number> {
+async function followBare(system: TestSystem, shape: ContainerShape, round: number): Promise<number> {
   const workspace = join(system.folder, "bench", String(round));
   await mkdir(workspace, { recursive: true });
   await layBurst(workspace);
-  const container = await docker.createContainer({
+  const { socketPath } = system.engine;
+  const containerId = await createContainer(socketPath, {
     Image: shape.Image,
     Cmd: ["sh", "-c", script(1)],
     HostConfig: { ...shape.HostConfig, NetworkMode: "none", Binds: [`${workspace}:/workspace`] },
   });
-  await container.start();
+  await callEngine(socketPath, { method: "POST", path: `/containers/${containerId}/start` });
   const meter = new Meter();
-  const following = readLogs(system.engine.socketPath, container.id, meter);
+  const following = readLogs(socketPath, containerId, meter);
   await sleep(500);
   await go(workspace, 0);
   await following;
-  await container.remove({ force: true });
+  await removeContainer(socketPath, containerId);
   return meter.mibPerSecond;
 }
 
@@ -207,13 +209,12 @@ export async function benchLogs(): Promise<Figure[]> {
     controlPlaneEnv: productionEnv,
     programs: await buildForProduction(),
   });
-  const docker = new Docker({ socketPath: system.engine.socketPath });
-  const shape = await shapeOfOurs(system, docker);
+  const shape = await shapeOfOurs(system);
   const ours: number[] = [];
   const bare: number[] = [];
   // The first round warms up.
   for (let round = 0; round <= rounds; round++) {
-    const figures = [await followBare(system, docker, shape, round), await followOurs(system)];
+    const figures = [await followBare(system, shape, round), await followOurs(system)];
     if (process.stderr.isTTY) process.stderr.write(`round ${round}: ${figures.map(rounded).join(", ")} MiB/s\n`);
     if (round === 0) continue;
     bare.push(figures[0] ?? 0);

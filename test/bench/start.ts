@@ -1,8 +1,7 @@
 // From the SDK's call to RUNNING seen by the SDK, against the Docker calls that the agent makes for it (network,
-// container, start, with the same bodies) made by dockerode alone. The agent has its networks ready before the call, and
+// container, start, with the same bodies) made by a bare HTTP client. The agent has its networks ready before the call, and
 // makes the next one after it: no round begins before that is done, so that it disturbs neither side. Each round has one of ours between two bare ones: how
 // far those two lie apart is the machine's own noise, and no difference that is smaller says anything.
-import Docker from "dockerode";
 import type { ContainerSpec } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { ContainerSpecSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { create } from "@bufbuild/protobuf";
@@ -11,13 +10,10 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { newId } from "@clodei/proto/ids";
 import { randomBytes } from "node:crypto";
-import {
-  type ContainerSettings,
-  containerBody,
-  networkBody,
-  networkName,
-} from "../../agent/src/containers/container-body.ts";
+import { type ContainerSettings, containerBody, networkBody } from "../../agent/src/containers/container-body.ts";
+import { callEngine } from "../../tools/engine/api.ts";
 import { inspectContainer, listContainers, listNetworks } from "../harness/containers.ts";
+import { createContainer, removeContainer } from "./engine-calls.ts";
 import { eventually } from "../harness/eventually.ts";
 import { testImage, TestSystem } from "../harness/system.ts";
 import { type Figure, quantile, rounded } from "./figures.ts";
@@ -69,7 +65,7 @@ async function settingsOf(system: TestSystem): Promise<ContainerSettings & { rea
 
 /** The bare calls. Returns their milliseconds. */
 async function startBare(
-  docker: Docker,
+  socketPath: string,
   settings: ContainerSettings & { readonly imageId: string },
   message: ContainerSpec,
   workspace: string,
@@ -78,14 +74,14 @@ async function startBare(
   const id = randomBytes(6).toString("hex");
   const begin = performance.now();
   const place = { subnet: "10.214.0.0/28", gateway: "10.214.0.1" };
-  const network = await docker.createNetwork(networkBody(settings.nodeId, id, place));
-  const container = await docker.createContainer(
-    containerBody(settings, key, 1n, message, settings.imageId, workspace, networkName(id)),
-  );
-  await container.start();
+  const network = networkBody(settings.nodeId, id, place);
+  await callEngine(socketPath, { method: "POST", path: "/networks/create", body: network });
+  const body = containerBody(settings, key, 1n, message, settings.imageId, workspace, network.Name);
+  const containerId = await createContainer(socketPath, body);
+  await callEngine(socketPath, { method: "POST", path: `/containers/${containerId}/start` });
   const elapsed = performance.now() - begin;
-  await container.remove({ force: true });
-  await network.remove();
+  await removeContainer(socketPath, containerId);
+  await callEngine(socketPath, { method: "DELETE", path: `/networks/${network.Name}` });
   return elapsed;
 }
 
@@ -101,7 +97,7 @@ export async function benchStart(): Promise<Figure[]> {
     // As in production: nothing is logged but what matters.
     controlPlaneEnv: { CLODEI_LOG_LEVEL: "info" },
   });
-  const docker = new Docker({ socketPath: system.engine.socketPath });
+  const { socketPath } = system.engine;
   const settings = await settingsOf(system);
   const workspace = join(system.folder, "bench-workspace");
   await mkdir(workspace);
@@ -121,10 +117,10 @@ export async function benchStart(): Promise<Figure[]> {
     eventually(30_000, async () => assert.equal((await listNetworks(system.engine)).length, restingNetworks));
   for (let round = -warmUpRounds; round < rounds; round++) {
     await rest();
-    const bareMs = await startBare(docker, settings, message, workspace);
+    const bareMs = await startBare(socketPath, settings, message, workspace);
     const oursMs = await startInstance(system);
     await rest();
-    const bareAgainMs = await startBare(docker, settings, message, workspace);
+    const bareAgainMs = await startBare(socketPath, settings, message, workspace);
     if (round < 0) continue;
     ours.push(oursMs);
     bare.push(bareMs);

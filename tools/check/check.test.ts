@@ -125,7 +125,7 @@ const faults: readonly Fault[] = [
       add(copy, "control-plane/src/instances/planted.ts", `import "../nodes/store.ts";\n`);
       add(copy, "control-plane/src/instances/planted.test.ts", `import "./planted.ts";\n`);
       add(copy, "control-plane/src/platform/planted.test.ts", `import "../nodes/service.ts";\n`);
-      add(copy, "agent/src/planted-first.ts", `import "dockerode";\nimport "./planted-second.ts";\n`);
+      add(copy, "agent/src/planted-first.ts", `import "node:http";\nimport "./planted-second.ts";\n`);
       add(copy, "agent/src/planted-second.ts", `import "./planted-first.ts";\n`);
       add(copy, "agent/src/planted.test.ts", `import "./planted-first.ts";\n`);
     },

@@ -1,5 +1,5 @@
-// The few calls to Docker's API that starting, filling and clearing a private engine takes, over node:http. The
-// agent's own client is dockerode; this one also runs where no package is installed.
+// The few calls to Docker's API that starting, filling and clearing a private engine takes, over node:http. Not the
+// agent's client, so that tests look at an engine past every part of ours.
 import { request } from "node:http";
 
 /** How long a call may take. Imports and removals of many containers are the slowest. */

@@ -4,11 +4,13 @@
 import { createHash } from "node:crypto";
 import type { ContainerSpec } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { InstanceId } from "@clodei/proto/ids";
-import { containerLabels, containerName } from "@clodei/proto/node-link";
-import type { ContainerCreateOptions, HostConfig, NetworkCreateOptions } from "dockerode";
+import { containerLabels } from "@clodei/proto/node-link";
 
 /** Names an attempt of an instance. */
 export type AttemptKey = { readonly instanceId: InstanceId; readonly attempt: number };
+
+/** What POST /containers/create is asked for. */
+export type ContainerBody = ReturnType<typeof containerBody>;
 
 /** What the node decides about every container. */
 export interface ContainerSettings {
@@ -60,7 +62,7 @@ export interface Subnet {
 }
 
 /** What POST /networks/create is asked for. */
-export function networkBody(nodeId: string, id: string, { subnet, gateway }: Subnet): NetworkCreateOptions {
+export function networkBody(nodeId: string, id: string, { subnet, gateway }: Subnet) {
   return {
     Name: networkName(id),
     CheckDuplicate: true,
@@ -90,9 +92,8 @@ export function containerBody(
   imageId: string,
   workspaceFolder: string,
   network: string,
-): ContainerCreateOptions {
-  const body: ContainerCreateOptions = {
-    name: containerName(key.instanceId, key.attempt),
+) {
+  const body = {
     // An underscore is no part of a host name.
     Hostname: key.instanceId.replace("_", "-"),
     Image: imageId,
@@ -133,11 +134,7 @@ export function stopGraceMs(spec: ContainerSpec): number {
   return Number(spec.stopGrace.seconds) * 1000 + Math.ceil(spec.stopGrace.nanos / 1e6);
 }
 
-function hostConfig(
-  settings: ContainerSettings,
-  spec: ContainerSpec,
-  workspaceFolder: string,
-): HostConfig & { readonly CgroupnsMode: "private" } {
+function hostConfig(settings: ContainerSettings, spec: ContainerSpec, workspaceFolder: string) {
   const memoryBytes = spec.memoryMib * bytesPerMib;
   const gpus = realGpus(settings, spec);
   return {

@@ -1,8 +1,7 @@
 // Creates containers so that it can be repeated after a crash anywhere: a container's name follows from instance and
 // attempt, so a second create finds the first one's work and takes it up where it is what is asked for now.
 import { containerName } from "@clodei/proto/node-link";
-import type Docker from "dockerode";
-import { type AttemptKey, specDigestLabel } from "./container-body.ts";
+import { type AttemptKey, type ContainerBody, specDigestLabel } from "./container-body.ts";
 import { refusalOf } from "./docker-client.ts";
 import { EngineError } from "./engine-error.ts";
 import type { NodeContainers } from "./node-containers.ts";
@@ -26,18 +25,12 @@ export class ContainerCreation {
   }
 
   /** Creates an attempt's container, or takes up the one that is there. Throws EngineError: start_failed, policy. */
-  async createOrAdopt(
-    key: AttemptKey,
-    body: Docker.ContainerCreateOptions,
-    signal: AbortSignal,
-  ): Promise<CreatedContainer> {
+  async createOrAdopt(key: AttemptKey, body: ContainerBody, signal: AbortSignal): Promise<CreatedContainer> {
     const name = containerName(key.instanceId, key.attempt);
     // Twice at most: the second time after a container of another specification was taken away.
     for (;;) {
       try {
-        const { id } = await this.#containers.change("create the container", signal, 0, (docker, abortSignal) =>
-          docker.createContainer({ ...body, abortSignal }),
-        );
+        const id = await this.#containers.create(name, body, signal);
         return { id, ran: false, network: body.HostConfig?.NetworkMode ?? "" };
       } catch (error) {
         if (refusalOf(error)?.status !== 409) throw startFailure(error, body.HostConfig?.NetworkMode ?? "");

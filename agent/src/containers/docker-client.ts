@@ -1,120 +1,173 @@
-// The way every call to Docker goes: over one socket, with a time limit and the caller's signal, and with errors
-// that tell an engine that is away from one that refuses.
-import { Agent } from "node:http";
-import type { Readable } from "node:stream";
-import { inspect } from "node:util";
-import Docker from "dockerode";
+// The way every call to Docker goes: over one socket, with a time limit and the caller's signal, in bounded memory, and
+// with errors that tell an engine that is away from one that refuses. Over node:http alone: docs/decisions has why.
+import { type IncomingMessage, request } from "node:http";
+import { addAbortSignal, type Readable } from "node:stream";
 import { EngineError } from "./engine-error.ts";
 
 /** For calls that only look something up. */
-export const lookTimeoutMs = 30_000;
+const lookTimeoutMs = 30_000;
 /** For calls that change something. Under load an engine took 10 s for a start. */
 export const changeTimeoutMs = 120_000;
+/** The largest answer that is taken as one: a list of thousands of containers stays below it. */
+const maxAnswerBytes = 64 * 1024 * 1024;
+/** What of a refusal is read. */
+const maxRefusalBytes = 64 * 1024;
 
 const messageCharacters = 1024;
 
-/** What a failed call is known by. */
-interface Refusal {
-  readonly status: number;
-  readonly message: string;
+/** A call to Docker's API. */
+export interface EngineCall {
+  readonly method: "GET" | "POST" | "DELETE";
+  /** Without the query. Names in it are ours, or an image's reference, and need no escaping. */
+  readonly path: string;
+  readonly query?: Readonly<Record<string, string>>;
+  /** Sent as JSON. */
+  readonly body?: object;
+  readonly headers?: Readonly<Record<string, string>>;
+  /** Until its answer has been read. Default: 30 s to look, 120 s to change. */
+  readonly timeoutMs?: number;
 }
 
-/** Docker's API with limits. */
+/** The engine answered, and said no. */
+class EngineRefusal extends Error {
+  override readonly name = "EngineRefusal";
+  readonly status: number;
+
+  constructor(status: number, message: string) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/**
+ * Docker's API with limits. Each method throws the signal's reason when that was aborted, and EngineError for all else;
+ * its `what` completes the sentence "could not …".
+ */
 export class DockerClient {
-  readonly docker: Docker;
+  readonly #socketPath: string;
 
   constructor(socketPath: string) {
-    // `host` is cleared because dockerode prefers DOCKER_HOST of the environment to a socket that was asked for.
-    // A connection for each call: a kept one breaks the first call after the engine's restart, and opening one on a
-    // unix socket takes a tenth of a millisecond.
-    const options = {
-      socketPath,
-      host: undefined,
-      port: undefined,
-      protocol: "http" as const,
-      agent: new BriefAgent({ keepAlive: false }),
-    };
-    this.docker = new Docker(options);
+    this.#socketPath = socketPath;
   }
 
-  /** Looks something up by its path. For those of dockerode's methods whose types take no signal. */
-  async get(what: string, path: string, signal: AbortSignal): Promise<unknown> {
-    return this.call(what, { signal, timeoutMs: lookTimeoutMs }, (docker, abortSignal) => {
-      const { promise, resolve, reject } = Promise.withResolvers<unknown>();
-      const statusCodes = { 200: true, 404: "not found", 500: "server error" };
-      docker.modem.dial({ path, method: "GET", statusCodes, abortSignal }, (error: Error | null, result: unknown) => {
-        if (error === null) resolve(result);
-        else reject(error);
-      });
-      return promise;
+  /** Makes a call, and returns its answer's JSON; undefined where the answer is empty. */
+  json(what: string, call: EngineCall, signal: AbortSignal): Promise<unknown> {
+    return this.read(what, call, signal, async (body) => {
+      const text = (await readAll(body, maxAnswerBytes, () => new Error("its answer is without end"))).toString();
+      return text.trim() === "" ? undefined : (JSON.parse(text) as unknown);
     });
   }
 
-  /**
-   * Makes a call. Throws the signal's reason when it was aborted, and EngineError for all else.
-   *
-   * @param what Completes the sentence "could not …".
-   */
-  async call<T>(
-    what: string,
-    limits: { readonly signal: AbortSignal; readonly timeoutMs: number },
-    work: (docker: Docker, abortSignal: AbortSignal) => Promise<T>,
-  ): Promise<T> {
-    limits.signal.throwIfAborted();
-    const timeout = AbortSignal.timeout(limits.timeoutMs);
-    const either = AbortSignal.any([limits.signal, timeout]);
-    const aborted = Promise.withResolvers<never>();
-    const onAbort = (): void => aborted.reject(new Error("aborted"));
-    either.addEventListener("abort", onAbort, { once: true });
-    try {
-      // dockerode does not always notice when an answer breaks off after its head: the limit ends the call regardless.
-      return await Promise.race([work(this.docker, either), aborted.promise]);
-    } catch (error) {
-      limits.signal.throwIfAborted();
-      if (timeout.aborted) {
-        throw new EngineError("away", `the container engine did not ${what} within ${limits.timeoutMs} ms`, {
-          cause: error,
-        });
-      }
-      throw engineError(what, error);
-    } finally {
-      either.removeEventListener("abort", onAbort);
-    }
+  /** Looks something up. */
+  get(what: string, path: string, signal: AbortSignal, query: EngineCall["query"] = {}): Promise<unknown> {
+    return this.json(what, { method: "GET", path, query }, signal);
+  }
+
+  /** Makes a call, and has its answer's body read as it comes. */
+  read<T>(what: string, call: EngineCall, signal: AbortSignal, read: (body: Readable) => Promise<T>): Promise<T> {
+    const timeoutMs = call.timeoutMs ?? (call.method === "GET" ? lookTimeoutMs : changeTimeoutMs);
+    return this.#limited(what, signal, timeoutMs, async (limit) => read(await this.#send(call, limit)));
   }
 
   /**
-   * Makes a call whose answer's body comes only when something happens, and reads it to its end. Throws EngineError as
-   * soon as the connection breaks.
+   * Makes a call whose answer's body comes only when something happens, for as long as that takes, and reads it to its
+   * end. Fails as soon as the connection breaks.
    */
-  async wait(what: string, path: string, signal: AbortSignal): Promise<void> {
+  async wait(what: string, call: EngineCall, signal: AbortSignal): Promise<void> {
+    for await (const _ of this.stream(what, call, signal));
+  }
+
+  /** The same, and hands on what comes. */
+  async *stream(what: string, call: EngineCall, signal: AbortSignal): AsyncGenerator<Buffer> {
     signal.throwIfAborted();
     try {
-      const { promise, resolve, reject } = Promise.withResolvers<unknown>();
-      const statusCodes = { 200: true, 404: "not found", 500: "server error" };
-      const call = { path, method: "POST", isStream: true, statusCodes, abortSignal: signal };
-      this.docker.modem.dial(call, (error: Error | null, result: unknown) => {
-        if (error === null) resolve(result);
-        else reject(error);
-      });
-      for await (const _ of (await promise) as Readable);
+      yield* (await this.#send(call, signal)) as AsyncIterable<Buffer>;
     } catch (error) {
       signal.throwIfAborted();
       throw engineError(what, error);
     }
   }
-}
 
-/**
- * dockerode's modem inspects each request's options to all depths for its debug log, also where nobody logs. An agent
- * leads from there to every open socket: 20 ms of processor time a call.
- */
-class BriefAgent extends Agent {
-  [inspect.custom](): string {
-    return "Agent";
+  async #limited<T>(
+    what: string,
+    signal: AbortSignal,
+    timeoutMs: number,
+    work: (limit: AbortSignal) => Promise<T>,
+  ): Promise<T> {
+    signal.throwIfAborted();
+    const timeout = AbortSignal.timeout(timeoutMs);
+    try {
+      return await work(AbortSignal.any([signal, timeout]));
+    } catch (error) {
+      signal.throwIfAborted();
+      if (timeout.aborted) {
+        throw new EngineError("away", `the container engine did not ${what} within ${timeoutMs} ms`, { cause: error });
+      }
+      throw engineError(what, error);
+    }
+  }
+
+  /** Resolves with the body of an answer that is no refusal. The signal ends the reading of it, too. */
+  async #send(call: EngineCall, signal: AbortSignal): Promise<IncomingMessage> {
+    const { promise, resolve, reject } = Promise.withResolvers<IncomingMessage>();
+    const query = new URLSearchParams(call.query).toString();
+    const body = call.body === undefined ? undefined : JSON.stringify(call.body);
+    const outgoing = request({
+      socketPath: this.#socketPath,
+      method: call.method,
+      path: query === "" ? call.path : `${call.path}?${query}`,
+      headers: {
+        host: "docker",
+        ...(body === undefined
+          ? {}
+          : { "content-type": "application/json", "content-length": String(Buffer.byteLength(body)) }),
+        ...call.headers,
+      },
+      // A connection for each call: a kept one breaks the first call after the engine's restart, and opening one on a
+      // unix socket takes a tenth of a millisecond.
+      agent: false,
+      signal,
+    });
+    outgoing.on("response", resolve);
+    outgoing.on("error", reject);
+    outgoing.end(body);
+    // The request's signal ends with its head.
+    const answer = addAbortSignal(signal, await promise);
+    const status = answer.statusCode ?? 0;
+    if (status < 200 || status > 299) throw await readRefusal(status, answer);
+    return answer;
   }
 }
 
-/** Sorts an error of dockerode. */
+/** Reads a body whole. @param tooLong Makes the error of one that has more bytes than that. */
+export async function readAll(body: Readable, maxBytes: number, tooLong: () => Error): Promise<Buffer> {
+  const parts: Buffer[] = [];
+  let bytes = 0;
+  for await (const part of body as AsyncIterable<Buffer>) {
+    bytes += part.length;
+    if (bytes > maxBytes) throw tooLong();
+    parts.push(part);
+  }
+  return Buffer.concat(parts);
+}
+
+/** Docker says why as {"message": "…"}. Whatever else answers there says it as it likes. */
+async function readRefusal(status: number, answer: IncomingMessage): Promise<EngineRefusal> {
+  const text = (
+    await readAll(answer, maxRefusalBytes, () => new EngineRefusal(status, "its words are without end"))
+  ).toString();
+  let said: unknown;
+  try {
+    said = JSON.parse(text);
+  } catch {
+    // Plain words.
+  }
+  const isNamed = typeof said === "object" && said !== null && "message" in said && typeof said.message === "string";
+  const message = (isNamed ? String(Reflect.get(said as object, "message")) : text).trim().slice(0, messageCharacters);
+  return new EngineRefusal(status, message === "" ? `status ${status}` : message);
+}
+
+/** Sorts the error of a call. */
 export function engineError(what: string, error: unknown): EngineError {
   if (error instanceof EngineError) return error;
   const refusal = refusalOf(error);
@@ -142,17 +195,20 @@ function isBrokenConnection(error: unknown): boolean {
   return error instanceof Error && "code" in error && !(error instanceof TypeError || error instanceof RangeError);
 }
 
-/** The engine's answer, where there was one: status and its own words. */
-export function refusalOf(error: unknown): Refusal | undefined {
+/** The engine's answer, where it refused: status and its own words. */
+export function refusalOf(error: unknown): Pick<EngineRefusal, "status" | "message"> | undefined {
   const cause = error instanceof EngineError ? error.cause : error;
-  if (!(cause instanceof Error) || !("statusCode" in cause) || typeof cause.statusCode !== "number") return undefined;
-  const json: unknown = "json" in cause ? cause.json : undefined;
-  const inner = typeof json === "object" && json !== null && "message" in json ? json.message : undefined;
-  const message = typeof inner === "string" ? inner : cause.message;
-  return { status: cause.statusCode, message: message.trim().slice(0, messageCharacters) };
+  return cause instanceof EngineRefusal ? cause : undefined;
 }
 
 /** Whether the call failed because what it names is not there. */
 export function isMissing(error: unknown): boolean {
   return refusalOf(error)?.status === 404;
+}
+
+/** Swallows the engine's refusals with these statuses, which say that there is nothing to do. */
+export function unless(...statuses: readonly number[]): (error: unknown) => void {
+  return (error) => {
+    if (!statuses.includes(refusalOf(error)?.status ?? 0)) throw error;
+  };
 }

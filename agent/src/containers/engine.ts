@@ -3,22 +3,21 @@
 // first one's work.
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Readable } from "node:stream";
 import type { ContainerSpec } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { PullPolicy } from "@clodei/proto/gen/clodei/v1/instance";
 import type { InstanceId, NodeId } from "@clodei/proto/ids";
 import { containerLabels, containerName } from "@clodei/proto/node-link";
-import type { ContainerInspectInfo } from "dockerode";
 import { type AttemptKey, type ContainerSettings, containerBody } from "./container-body.ts";
 import { ContainerCreation, type CreatedContainer, isNetworkMissing, startFailure } from "./container-creation.ts";
-import { DockerClient, engineError, refusalOf } from "./docker-client.ts";
+import { DockerClient, refusalOf, unless } from "./docker-client.ts";
+import type { ContainerDetails } from "./engine-answers.ts";
 import { EngineError } from "./engine-error.ts";
 import { canReadOutput, type EngineInfo, hasDefaultSeccomp, readEngineInfo } from "./engine-info.ts";
 import { attemptOf, attemptsOf } from "./events.ts";
 import { ImageUsers } from "./image-users.ts";
 import { Images, type LocalImage } from "./images.ts";
 import { ContainerNetworks } from "./networks.ts";
-import { NodeContainers, unless } from "./node-containers.ts";
+import { NodeContainers } from "./node-containers.ts";
 import { hasRun, type ObservedContainer, observedContainer } from "./observed.ts";
 import type { PullBytes } from "./pull-progress.ts";
 import { ReadBack, type StartedContainer } from "./read-back.ts";
@@ -199,11 +198,8 @@ export class ContainerEngine {
     // Docker counts in seconds.
     const graceSeconds = Math.ceil(graceMs / 1000);
     if ((await this.#containers.find(key, signal)) === undefined) return;
-    await this.#containers
-      .change("stop the container", signal, graceSeconds * 1000, async (docker, abortSignal) => {
-        await docker.getContainer(name).stop({ t: graceSeconds, abortSignal });
-      })
-      .catch(unless(304, 404));
+    const path = `/containers/${name}/stop?t=${graceSeconds}`;
+    await this.#containers.act("stop the container", path, signal, graceSeconds * 1000).catch(unless(304, 404));
   }
 
   /** Removes an attempt's container with its network. */
@@ -270,17 +266,16 @@ export class ContainerEngine {
    */
   async *events(signal: AbortSignal): AsyncGenerator<AttemptKey> {
     if (signal.aborted) return;
-    const filters = {
-      type: ["container" as const],
+    const filters = JSON.stringify({
+      type: ["container"],
       event: ["create", "start", "die", "oom", "destroy"],
       label: [`${containerLabels.nodeId}=${this.#settings.nodeId}`],
-    };
+    });
     try {
-      const options = { filters, abortSignal: signal };
-      const stream: unknown = await this.#client.docker.getEvents(options);
-      yield* attemptsOf(stream as Readable);
+      const call = { method: "GET", path: "/events", query: { filters } } as const;
+      yield* attemptsOf(this.#client.stream("watch containers", call, signal));
     } catch (error) {
-      if (!signal.aborted) throw engineError("watch containers", error);
+      if (!signal.aborted) throw error;
     }
     if (!signal.aborted) throw new EngineError("away", "the container engine ended the stream of events");
   }
@@ -300,8 +295,8 @@ export class ContainerEngine {
       if (container === undefined) return;
       if (!container.State.Running && hasRun(container)) return;
       const condition = hasRun(container) ? "not-running" : "next-exit";
-      const path = `/containers/${name}/wait?condition=${condition}`;
-      await this.#client.wait("wait for the container", path, signal).catch(unless(404));
+      const call = { method: "POST", path: `/containers/${name}/wait`, query: { condition } } as const;
+      await this.#client.wait("wait for the container", call, signal).catch(unless(404));
     }
   }
 
@@ -322,7 +317,7 @@ export class ContainerEngine {
   }
 
   /** The engine answers only when no start is under way. */
-  async #getUnstarted(key: AttemptKey, signal: AbortSignal): Promise<ContainerInspectInfo> {
+  async #getUnstarted(key: AttemptKey, signal: AbortSignal): Promise<ContainerDetails> {
     const container = await this.#containers.get(key, signal);
     if (hasRun(container)) throw new EngineError("failed", "the container was started meanwhile");
     return container;
@@ -337,9 +332,7 @@ export class ContainerEngine {
 
   async #start(containerId: string, network: string, signal: AbortSignal): Promise<void> {
     try {
-      await this.#containers.change("start the container", signal, 0, async (docker, abortSignal) => {
-        await docker.getContainer(containerId).start({ abortSignal });
-      });
+      await this.#containers.act("start the container", `/containers/${containerId}/start`, signal);
     } catch (error) {
       if (refusalOf(error)?.status === 304) return;
       if (isNetworkMissing(error, network)) this.#networks.forgetReady();
@@ -347,7 +340,7 @@ export class ContainerEngine {
     }
   }
 
-  async #removeWhole(container: ContainerInspectInfo, signal: AbortSignal): Promise<void> {
+  async #removeWhole(container: ContainerDetails, signal: AbortSignal): Promise<void> {
     await this.#containers.remove(container.Id, signal);
     await this.#networks.remove(container.HostConfig.NetworkMode ?? "", signal);
   }

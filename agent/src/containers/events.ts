@@ -1,6 +1,5 @@
 // Hints that a container changed. They only say "look again": what is true is read from the engine afterwards, so a
 // hint that is lost with a connection costs the time until the next regular look.
-import type { Readable } from "node:stream";
 import { type InstanceId, parseId } from "@clodei/proto/ids";
 import { containerLabels } from "@clodei/proto/node-link";
 import type { AttemptKey } from "./container-body.ts";
@@ -15,7 +14,7 @@ export function attemptOf(labels: Readonly<Record<string, string | undefined>>):
 }
 
 /** Reads the engine's stream of events until it breaks. */
-export async function* attemptsOf(stream: Readable): AsyncGenerator<AttemptKey> {
+export async function* attemptsOf(stream: AsyncIterable<Buffer>): AsyncGenerator<AttemptKey> {
   for await (const event of jsonLines(stream)) {
     const key = attemptOf(labelsOf(event));
     if (key !== undefined) yield key;

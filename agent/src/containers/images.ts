@@ -1,11 +1,11 @@
 // Images on the node: found, or pulled as the pull policy says.
 import { PullPolicy } from "@clodei/proto/gen/clodei/v1/instance";
 import { type ImageReference, parseImageReference } from "@clodei/proto/image-reference";
-import type { ImageInspectInfo } from "dockerode";
 import { type DockerClient, isMissing } from "./docker-client.ts";
+import type { ImageDetails } from "./engine-answers.ts";
 import { EngineError } from "./engine-error.ts";
-import { defaultPullSilenceMs, type PullActivity, pullImage } from "./pull.ts";
 import type { PullBytes } from "./pull-progress.ts";
+import { defaultPullSilenceMs, type PullActivity, pullImage } from "./pull.ts";
 import { type RegistryAuth, RegistryAuthError, type RegistryCredentials } from "./registry-auth.ts";
 
 /** An image that is on the node. */
@@ -60,12 +60,12 @@ export class Images {
     return localImage(pulled, reference, digest);
   }
 
-  async #find(reference: ImageReference, signal: AbortSignal): Promise<ImageInspectInfo | undefined> {
+  async #find(reference: ImageReference, signal: AbortSignal): Promise<ImageDetails | undefined> {
     const name = `${reference.registry}/${reference.repository}`;
     const suffix = reference.digest === undefined ? `:${reference.tag ?? "latest"}` : `@${reference.digest}`;
     try {
       const path = `/images/${name}${suffix}/json`;
-      return (await this.#client.get("look at the image", path, signal)) as ImageInspectInfo;
+      return (await this.#client.get("look at the image", path, signal)) as ImageDetails;
     } catch (error) {
       if (isMissing(error)) return undefined;
       throw error;
@@ -83,7 +83,7 @@ export class Images {
   }
 }
 
-function localImage(image: ImageInspectInfo, reference: ImageReference, digest: string | undefined): LocalImage {
+function localImage(image: ImageDetails, reference: ImageReference, digest: string | undefined): LocalImage {
   return {
     imageId: image.Id,
     digest: digest ?? reference.digest ?? digestFrom(image, reference),
@@ -92,7 +92,7 @@ function localImage(image: ImageInspectInfo, reference: ImageReference, digest: 
 }
 
 /** The digest under which the image came from that repository. */
-function digestFrom(image: ImageInspectInfo, reference: ImageReference): string | undefined {
+function digestFrom(image: ImageDetails, reference: ImageReference): string | undefined {
   for (const text of image.RepoDigests ?? []) {
     const from = parseImageReference(text);
     if (from?.registry === reference.registry && from.repository === reference.repository) return from.digest;

@@ -3,9 +3,9 @@
 // addresses are named here and not left to the engine, whose own pools hold 31 networks where nobody configured them.
 import { randomBytes, randomInt } from "node:crypto";
 import { containerLabels } from "@clodei/proto/node-link";
-import type { NetworkInspectInfo } from "dockerode";
 import { networkBody, networkName, type Subnet } from "./container-body.ts";
-import { changeTimeoutMs, type DockerClient, isMissing, lookTimeoutMs, refusalOf } from "./docker-client.ts";
+import { changeTimeoutMs, type DockerClient, isMissing, refusalOf } from "./docker-client.ts";
+import type { NetworkDetails } from "./engine-answers.ts";
 import { EngineError } from "./engine-error.ts";
 
 /** A gateway, a container, and room for neither a second one nor a mistake: six addresses. */
@@ -99,9 +99,7 @@ export class ContainerNetworks {
       this.#reserved.add(name);
       try {
         const body = networkBody(this.#nodeId, id, subnetOf(this.#pool, start + step));
-        await this.#client.call("create the network", { signal, timeoutMs: changeTimeoutMs }, (docker, abortSignal) =>
-          docker.createNetwork({ ...body, abortSignal }),
-        );
+        await this.#client.json("create the network", { method: "POST", path: "/networks/create", body }, signal);
         return name;
       } catch (error) {
         // One whose answer was lost is for the sweep.
@@ -116,18 +114,14 @@ export class ContainerNetworks {
   }
 
   async #list(signal: AbortSignal): Promise<string[]> {
-    const filters = { label: [`${containerLabels.nodeId}=${this.#nodeId}`] };
-    const networks = await this.#client.call(
-      "list networks",
-      { signal, timeoutMs: lookTimeoutMs },
-      (docker, abortSignal) => docker.listNetworks({ filters, abortSignal }),
-    );
-    return networks.map((network) => network.Name);
+    const filters = JSON.stringify({ label: [`${containerLabels.nodeId}=${this.#nodeId}`] });
+    const networks = await this.#client.get("list networks", "/networks", signal, { filters });
+    return (networks as NetworkDetails[]).map((network) => network.Name);
   }
 
   async #isOwn(name: string, signal: AbortSignal): Promise<boolean> {
     try {
-      const found = (await this.#client.get("look at the network", `/networks/${name}`, signal)) as NetworkInspectInfo;
+      const found = (await this.#client.get("look at the network", `/networks/${name}`, signal)) as NetworkDetails;
       return found.Labels?.[containerLabels.nodeId] === this.#nodeId;
     } catch (error) {
       if (isMissing(error)) return false;
@@ -138,9 +132,7 @@ export class ContainerNetworks {
   async #removeByName(name: string, signal: AbortSignal): Promise<void> {
     for (let attempt = 1; ; attempt += 1) {
       try {
-        await this.#client.call("remove the network", { signal, timeoutMs: changeTimeoutMs }, (docker, abortSignal) =>
-          docker.getNetwork(name).remove({ abortSignal }),
-        );
+        await this.#client.json("remove the network", { method: "DELETE", path: `/networks/${name}` }, signal);
         return;
       } catch (error) {
         if (isMissing(error)) return;

@@ -1,10 +1,8 @@
 // The node's containers as Docker's API sees them: looked up, listed and removed by name, and only this node's.
-import type { Readable } from "node:stream";
 import { containerLabels, containerName } from "@clodei/proto/node-link";
-import type { ContainerInfo, ContainerInspectInfo } from "dockerode";
-import type Docker from "dockerode";
-import type { AttemptKey } from "./container-body.ts";
-import { changeTimeoutMs, type DockerClient, isMissing, lookTimeoutMs, refusalOf } from "./docker-client.ts";
+import type { AttemptKey, ContainerBody } from "./container-body.ts";
+import { changeTimeoutMs, type DockerClient, isMissing, readAll, unless } from "./docker-client.ts";
+import type { ContainerDetails, ListedContainer } from "./engine-answers.ts";
 import { EngineError } from "./engine-error.ts";
 import { attemptOf } from "./events.ts";
 
@@ -23,11 +21,10 @@ export class NodeContainers {
   }
 
   /** Whatever has that id or name, this node's or not; undefined where there is nothing. */
-  async inspect(idOrName: string, signal: AbortSignal): Promise<ContainerInspectInfo | undefined> {
+  async inspect(idOrName: string, signal: AbortSignal): Promise<ContainerDetails | undefined> {
     try {
-      return await this.look("look at the container", signal, (docker, abortSignal) =>
-        docker.getContainer(idOrName).inspect({ abortSignal }),
-      );
+      const path = `/containers/${idOrName}/json`;
+      return (await this.#client.get("look at the container", path, signal)) as ContainerDetails;
     } catch (error) {
       if (isMissing(error)) return undefined;
       throw error;
@@ -35,20 +32,20 @@ export class NodeContainers {
   }
 
   /** An attempt's container; undefined where this node has none. */
-  async find(key: AttemptKey, signal: AbortSignal): Promise<ContainerInspectInfo | undefined> {
+  async find(key: AttemptKey, signal: AbortSignal): Promise<ContainerDetails | undefined> {
     const container = await this.inspect(containerName(key.instanceId, key.attempt), signal);
     return container !== undefined && this.belongsTo(container, key) ? container : undefined;
   }
 
   /** The same, where it must be there. */
-  async get(key: AttemptKey, signal: AbortSignal): Promise<ContainerInspectInfo> {
+  async get(key: AttemptKey, signal: AbortSignal): Promise<ContainerDetails> {
     const container = await this.find(key, signal);
     if (container === undefined) throw new EngineError("not_found", "there is no such container");
     return container;
   }
 
   /** Whether its labels say that it is this node's container of that attempt. */
-  belongsTo(container: ContainerInspectInfo, key: AttemptKey): boolean {
+  belongsTo(container: ContainerDetails, key: AttemptKey): boolean {
     const found = attemptOf(container.Config.Labels);
     const node = container.Config.Labels[containerLabels.nodeId];
     return node === this.#nodeId && found?.instanceId === key.instanceId && found.attempt === key.attempt;
@@ -66,9 +63,10 @@ export class NodeContainers {
 
   /** Removes a container and the volumes that its image declared, and returns when it is gone. */
   async remove(idOrName: string, signal: AbortSignal): Promise<void> {
-    await this.change("remove the container", signal, 0, async (docker, abortSignal) => {
-      await docker.getContainer(idOrName).remove({ force: true, v: true, abortSignal });
-    }).catch(unless(404, 409));
+    const query = { force: "true", v: "true" };
+    await this.#client
+      .json("remove the container", { method: "DELETE", path: `/containers/${idOrName}`, query }, signal)
+      .catch(unless(404, 409));
     // 409: somebody else's removal is under way.
     const deadline = performance.now() + changeTimeoutMs;
     while ((await this.inspect(idOrName, signal)) !== undefined) {
@@ -81,59 +79,35 @@ export class NodeContainers {
   /** A file of a container as a tar archive; undefined where it has none at that path. */
   async archive(containerId: string, path: string, signal: AbortSignal): Promise<Buffer | undefined> {
     try {
-      return await this.look(`read ${path} of the image`, signal, async (docker, abortSignal) => {
-        const stream: unknown = await docker.getContainer(containerId).getArchive({ path, abortSignal });
-        return readAll(stream as Readable, path);
-      });
+      const call = { method: "GET", path: `/containers/${containerId}/archive`, query: { path } } as const;
+      return await this.#client.read(`read ${path} of the image`, call, signal, (body) =>
+        readAll(body, maxArchiveBytes, () => {
+          const message = `${path} of the image is larger than ${maxArchiveBytes} bytes`;
+          return new EngineError("start_failed", message);
+        }),
+      );
     } catch (error) {
       if (isMissing(error)) return undefined;
       throw error;
     }
   }
 
-  #list(labels: Readonly<Record<string, string>>, signal: AbortSignal): Promise<ContainerInfo[]> {
+  async #list(labels: Readonly<Record<string, string>>, signal: AbortSignal): Promise<ListedContainer[]> {
     const all = { [containerLabels.nodeId]: this.#nodeId, ...labels };
-    const filters = { label: Object.entries(all).map(([name, value]) => `${name}=${value}`) };
-    return this.look("list containers", signal, (docker, abortSignal) =>
-      docker.listContainers({ all: true, filters, abortSignal }),
-    );
+    const filters = JSON.stringify({ label: Object.entries(all).map(([name, value]) => `${name}=${value}`) });
+    const query = { all: "true", filters };
+    return (await this.#client.get("list containers", "/containers/json", signal, query)) as ListedContainer[];
   }
 
-  /** A call that changes nothing. */
-  look<T>(
-    what: string,
-    signal: AbortSignal,
-    work: (docker: Docker, abortSignal: AbortSignal) => Promise<T>,
-  ): Promise<T> {
-    return this.#client.call(what, { signal, timeoutMs: lookTimeoutMs }, work);
+  /** Creates a container, and returns its id. */
+  async create(name: string, body: ContainerBody, signal: AbortSignal): Promise<string> {
+    const call = { method: "POST", path: "/containers/create", query: { name }, body } as const;
+    const created = await this.#client.json("create the container", call, signal);
+    return (created as { readonly Id: string }).Id;
   }
 
-  /** A call that changes something, and may take `extraMs` more than such calls do. */
-  change<T>(
-    what: string,
-    signal: AbortSignal,
-    extraMs: number,
-    work: (docker: Docker, abortSignal: AbortSignal) => Promise<T>,
-  ): Promise<T> {
-    return this.#client.call(what, { signal, timeoutMs: changeTimeoutMs + extraMs }, work);
+  /** Has the engine do something to a container. @param extraMs How much longer than most changes it may take. */
+  async act(what: string, path: string, signal: AbortSignal, extraMs = 0): Promise<void> {
+    await this.#client.json(what, { method: "POST", path, timeoutMs: changeTimeoutMs + extraMs }, signal);
   }
-}
-
-/** Swallows the engine's refusals with these statuses, which say that there is nothing to do. */
-export function unless(...statuses: readonly number[]): (error: unknown) => void {
-  return (error) => {
-    if (!statuses.includes(refusalOf(error)?.status ?? 0)) throw error;
-  };
-}
-
-async function readAll(stream: Readable, path: string): Promise<Buffer> {
-  const parts: Buffer[] = [];
-  let bytes = 0;
-  for await (const part of stream as AsyncIterable<Buffer>) {
-    bytes += part.length;
-    if (bytes > maxArchiveBytes)
-      throw new EngineError("start_failed", `${path} of the image is larger than ${maxArchiveBytes} bytes`);
-    parts.push(part);
-  }
-  return Buffer.concat(parts);
 }

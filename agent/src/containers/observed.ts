@@ -1,7 +1,7 @@
 // What is known of a container, from the engine's long answer.
 import { containerLabels } from "@clodei/proto/node-link";
-import type { ContainerInspectInfo } from "dockerode";
 import type { AttemptKey } from "./container-body.ts";
+import type { ContainerDetails } from "./engine-answers.ts";
 import { attemptOf } from "./events.ts";
 import { isEndLost } from "./lost-end.ts";
 
@@ -21,12 +21,12 @@ export type ObservedContainer = AttemptKey & {
 };
 
 /** Whether the container's process was ever started. */
-export function hasRun(container: ContainerInspectInfo): boolean {
+export function hasRun(container: ContainerDetails): boolean {
   return container.State.Running || timeOf(container.State.StartedAt) !== undefined;
 }
 
 /** Undefined for a container whose labels name no attempt. */
-export function observedContainer(container: ContainerInspectInfo): ObservedContainer | undefined {
+export function observedContainer(container: ContainerDetails): ObservedContainer | undefined {
   const key = attemptOf(container.Config.Labels);
   if (key === undefined) return undefined;
   const generation = container.Config.Labels[containerLabels.generation] ?? "";
@@ -49,7 +49,7 @@ export function observedContainer(container: ContainerInspectInfo): ObservedCont
 }
 
 /** When it started. The engine notes that when it hears that the program runs; a short one may have ended by then. */
-export function startTimeOf({ State: state }: ContainerInspectInfo): Date | undefined {
+export function startTimeOf({ State: state }: ContainerDetails): Date | undefined {
   const startTime = timeOf(state.StartedAt);
   const finishTime = state.Running ? undefined : timeOf(state.FinishedAt);
   return startTime !== undefined && finishTime !== undefined && finishTime < startTime ? finishTime : startTime;

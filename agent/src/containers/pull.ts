@@ -1,7 +1,6 @@
 // Pulls an image and tells how far it is: Docker sends a line of JSON for each step of each layer.
-import type { Readable } from "node:stream";
 import type { ImageReference } from "@clodei/proto/image-reference";
-import type { DockerClient } from "./docker-client.ts";
+import type { DockerClient, EngineCall } from "./docker-client.ts";
 import { EngineError } from "./engine-error.ts";
 import { jsonLines } from "./json-lines.ts";
 import { describeImage, pullError } from "./pull-failure.ts";
@@ -44,19 +43,13 @@ export async function pullImage(client: DockerClient, options: PullOptions): Pro
     else timer = setTimeout(listen, leftMs);
   };
   let timer = setTimeout(listen, silenceMs);
-  const limits = { signal: AbortSignal.any([signal, silence.signal]), timeoutMs: pullTimeoutMs };
   const progress = new PullProgressCounter(onProgress);
   // A registry that never answers is a pull as well.
   onProgress({ bytesDone: 0, bytesTotal: 0 });
   try {
-    await client.call("pull the image", limits, async (docker, abortSignal) => {
-      const query = {
-        fromImage: `${reference.registry}/${reference.repository}`,
-        tag: reference.digest ?? reference.tag ?? "latest",
-        abortSignal,
-      };
-      const stream = await docker.createImage(credentials ?? {}, query);
-      for await (const line of jsonLines(stream as Readable)) {
+    const end = AbortSignal.any([signal, silence.signal]);
+    await client.read("pull the image", pullCall(reference, credentials), end, async (body) => {
+      for await (const line of jsonLines(body)) {
         activity.heardMs = performance.now();
         progress.take(line);
       }
@@ -73,4 +66,19 @@ export async function pullImage(client: DockerClient, options: PullOptions): Pro
   }
   progress.finish();
   return progress.digest;
+}
+
+function pullCall(
+  { registry, repository, digest, tag }: ImageReference,
+  credentials: RegistryCredentials | undefined,
+): EngineCall {
+  // As Docker decodes it: base64 for URLs, and padded.
+  const json = Buffer.from(JSON.stringify(credentials ?? {})).toString("base64");
+  return {
+    method: "POST",
+    path: "/images/create",
+    query: { fromImage: `${registry}/${repository}`, tag: digest ?? tag ?? "latest" },
+    headers: { "x-registry-auth": json.replaceAll("+", "-").replaceAll("/", "_") },
+    timeoutMs: pullTimeoutMs,
+  };
 }

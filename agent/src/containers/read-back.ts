@@ -1,11 +1,12 @@
 // Reads a started container's isolation back, and kills the container where it is not what it must be.
 import type { Isolation } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
-import type { ContainerInspectInfo } from "dockerode";
 import type { AttemptKey } from "./container-body.ts";
+import { unless } from "./docker-client.ts";
+import type { ContainerDetails } from "./engine-answers.ts";
 import { EngineError } from "./engine-error.ts";
 import type { ImageUsers } from "./image-users.ts";
 import { astray, IsolationError, readIsolation } from "./isolation.ts";
-import { type NodeContainers, unless } from "./node-containers.ts";
+import type { NodeContainers } from "./node-containers.ts";
 import { startTimeOf } from "./observed.ts";
 import type { Workspaces } from "./workspace.ts";
 
@@ -32,24 +33,21 @@ export class ReadBack {
    * What is known of a container that was started. One whose isolation is not what it must be is killed. Throws
    * EngineError policy.
    */
-  async read(key: AttemptKey, container: ContainerInspectInfo, signal: AbortSignal): Promise<StartedContainer> {
+  async read(key: AttemptKey, container: ContainerDetails, signal: AbortSignal): Promise<StartedContainer> {
     const startTime = startTimeOf(container) ?? new Date();
     if (!container.State.Running) return { startTime, isolation: undefined };
     try {
       return { startTime, isolation: await this.#isolation(key, container, signal) };
     } catch (error) {
       if (!(error instanceof IsolationError)) throw error;
-      await this.#containers
-        .change("kill the container", signal, 0, async (docker, abortSignal) => {
-          await docker.getContainer(container.Id).kill({ abortSignal });
-        })
-        .catch(unless(404, 409));
+      const path = `/containers/${container.Id}/kill`;
+      await this.#containers.act("kill the container", path, signal).catch(unless(404, 409));
       throw new EngineError("policy", error.message, { cause: error });
     }
   }
 
   /** Undefined when the process had ended. Throws IsolationError. */
-  async #isolation(key: AttemptKey, container: ContainerInspectInfo, signal: AbortSignal) {
+  async #isolation(key: AttemptKey, container: ContainerDetails, signal: AbortSignal) {
     const { Id: containerId, State: state } = container;
     const uid = await this.#workspaces.ownerUid(key.instanceId);
     // Nothing is known of an image whose container an earlier process of the agent made: by now the files are what the
