@@ -21,17 +21,28 @@ export type Peer = {
 /** Why a node may not speak. */
 export type Refusal = { readonly reason: ErrorReason; readonly message: string };
 
+/** What the database says of certificates, by their serials. Undefined of one that it does not know. */
+export type Checks = ReadonlyMap<string, CertificateCheck | undefined>;
+
 type Remembered = { readonly check: CertificateCheck | undefined; readonly atMs: number };
 
 /** Judges certificates, and remembers the judgment for a moment. */
 export class CertificateGate {
-  readonly #database: Database;
+  readonly #database: Pick<Database, "look">;
   readonly #clock: Clock;
   readonly #nodes: NodesService;
   readonly #limits: DispatchLimits;
   readonly #remembered = new Map<string, Remembered>();
+  /** The question that goes out next, and whom it is about. */
+  #next: { readonly peers: Peer[]; readonly checks: Promise<Checks> } | undefined;
+  #asking: Promise<unknown> = Promise.resolve();
 
-  constructor(options: { database: Database; nodes: NodesService; clock: Clock; limits: DispatchLimits }) {
+  constructor(options: {
+    database: Pick<Database, "look">;
+    nodes: NodesService;
+    clock: Clock;
+    limits: DispatchLimits;
+  }) {
     this.#nodes = options.nodes;
     this.#database = options.database;
     this.#clock = options.clock;
@@ -44,12 +55,19 @@ export class CertificateGate {
     if (remembered !== undefined && performance.now() - remembered.atMs < this.#limits.certificateCacheMs) {
       return this.#judge(peer, remembered.check);
     }
-    await this.#database.system((tx) => this.refresh(tx, [peer]));
-    return this.#judge(peer, this.#remembered.get(peer.certificateSerial)?.check);
+    return this.#judge(peer, (await this.#ask(peer)).get(peer.certificateSerial));
   }
 
-  /** Asks the database about all of these at once. `tx` must not have read anything before: its view would be older. */
-  async refresh(tx: SystemTx, peers: readonly Peer[]): Promise<void> {
+  /** The same, of an answer of `refresh`. */
+  refusalBy(checks: Checks, peer: Peer): Refusal | undefined {
+    return this.#judge(peer, checks.get(peer.certificateSerial));
+  }
+
+  /**
+   * Asks the database about all of these at once, by their serials. `tx` must not have read anything before: its view
+   * would be older.
+   */
+  async refresh(tx: SystemTx, peers: readonly Peer[]): Promise<Checks> {
     const serials = [...new Set(peers.map((peer) => peer.certificateSerial))];
     // Taken before the question: an answer is as old as the moment in which it was asked for.
     const atMs = performance.now();
@@ -63,6 +81,26 @@ export class CertificateGate {
     for (const serial of doubtful) known.set(serial, checks?.get(serial));
     if (this.#remembered.size + serials.length > this.#limits.maxCachedCertificates) this.#remembered.clear();
     for (const [serial, check] of known) this.#remembered.set(serial, { check, atMs });
+    return known;
+  }
+
+  /**
+   * Asks about one peer, and together about all who are asked for before the question goes out: one question is under
+   * way at a time. Else a process that has been too busy to refresh would ask for each message of each agent by itself,
+   * and stay too busy.
+   */
+  #ask(peer: Peer): Promise<Checks> {
+    if (this.#next === undefined) {
+      const peers: Peer[] = [];
+      const checks = this.#asking.then(() => {
+        this.#next = undefined;
+        return this.#database.look((tx) => this.refresh(tx, peers));
+      });
+      this.#next = { peers, checks };
+      this.#asking = checks.catch(() => undefined);
+    }
+    this.#next.peers.push(peer);
+    return this.#next.checks;
   }
 
   #judge(peer: Peer, check: CertificateCheck | undefined): Refusal | undefined {

@@ -21,6 +21,9 @@ type ConnectionsOptions = {
   readonly onRefused: (why: ConnectionRefusal) => void;
 };
 
+/** A connection that is silent for so long is probed. */
+const keepAliveMs = 30_000;
+
 /** Accepts connections. */
 export class Connections {
   readonly #server: NetServer;
@@ -28,7 +31,8 @@ export class Connections {
 
   constructor(options: ConnectionsOptions) {
     const slots = new AddressSlots(options.maxConnectionsPerAddress);
-    this.#server = createServer({ noDelay: true }, (socket) => {
+    // The kernel's own probes, for a peer that died before it began a session, or while it uploads output.
+    this.#server = createServer({ noDelay: true, keepAlive: true, keepAliveInitialDelay: keepAliveMs }, (socket) => {
       const address = `${socket.remoteAddress}:${socket.remotePort}`;
       this.#sockets.set(address, socket);
       socket.once("close", () => this.#sockets.delete(address));

@@ -1,6 +1,6 @@
-// Heartbeats of all sessions are recorded together: one transaction for what came in a moment, instead of one for
-// each of thousands of agents. A heartbeat is acknowledged after the commit, because an agent counts its lease from
-// the last one that was.
+// Heartbeats of all sessions are recorded together: one transaction for what came in a while, instead of one for each
+// of thousands of agents. One that comes alone is recorded at once. A heartbeat is acknowledged after the commit,
+// because an agent counts its lease from the last one that was.
 import type { Heartbeat } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { NodesService } from "../nodes/service.ts";
 import type { Clock } from "../platform/clock.ts";
@@ -24,6 +24,7 @@ export class HeartbeatBatcher implements AsyncDisposable {
   /** The newest heartbeat of each session: an older one that waits has nothing to add. */
   #waiting = new Map<NodeSession, Heartbeat>();
   #timer: NodeJS.Timeout | undefined;
+  #recordedMs = Number.NEGATIVE_INFINITY;
   #flushing: Promise<void> = Promise.resolve();
 
   constructor(options: { database: Database; nodes: NodesService; clock: Clock; log: Log; batchMs: number }) {
@@ -33,10 +34,14 @@ export class HeartbeatBatcher implements AsyncDisposable {
   /** Takes a heartbeat in. It is recorded, and acknowledged, in a moment. */
   add(session: NodeSession, heartbeat: Heartbeat): void {
     this.#waiting.set(session, heartbeat);
-    this.#timer ??= setTimeout(() => {
-      this.#timer = undefined;
-      this.#flushing = this.#flushing.then(() => this.#flush());
-    }, this.#options.batchMs);
+    this.#timer ??= setTimeout(
+      () => {
+        this.#timer = undefined;
+        this.#recordedMs = performance.now();
+        this.#flushing = this.#flushing.then(() => this.#flush());
+      },
+      Math.max(0, this.#recordedMs + this.#options.batchMs - performance.now()),
+    );
   }
 
   /**

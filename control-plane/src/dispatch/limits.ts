@@ -35,8 +35,8 @@ export const dispatchLimits = {
   certificateCacheMs: 900,
   /** Certificates whose state is remembered at once: twice the connections. */
   maxCachedCertificates: 40_000,
-  /** Heartbeats are recorded together, after at most this time. */
-  heartbeatBatchMs: 50,
+  /** Heartbeats are recorded together, at most so often: an agent's lease is sixty times as long. */
+  heartbeatBatchMs: 500,
   /** Journals of one node that are remembered. A node begins a new one only when its state folder was lost. */
   maxJournalsPerNode: 16,
   /** How long a stream may take to end by itself after Goodbye. */

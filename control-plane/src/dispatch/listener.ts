@@ -78,8 +78,8 @@ export type NodeListener = {
   close(): Promise<void>;
 };
 
-const keepaliveMs = 20_000;
-const keepaliveTimeoutMs = 10_000;
+/** Agents have their session on their connection. One that has nothing on it for so long is nobody's. */
+const idleConnectionMs = 60_000;
 /** Agents come back to other processes spread over this time. */
 const reconnectWithinMs = 5_000;
 const leaseCheckMs = 1_000;
@@ -169,6 +169,7 @@ function startReconcilers({ database, nodes, wakeups, log }: NodeListenerDeps): 
       wakeups,
       log,
       run: async () => {
+        if (!(await database.look((tx) => nodes.hasExpiredLeases(tx)))) return;
         while ((await database.system((tx) => nodes.expireLeases(tx))).length > 0);
       },
     }),
@@ -273,8 +274,8 @@ function createServer(limits: DispatchLimits): Server {
     // A whole desired set may pass 4 MiB; what an agent cannot take, it refuses itself.
     "grpc.max_send_message_length": -1,
     "grpc.max_concurrent_streams": limits.maxStreamsPerConnection,
-    "grpc.keepalive_time_ms": keepaliveMs,
-    "grpc.keepalive_timeout_ms": keepaliveTimeoutMs,
+    // No pings: a session that is not heard ends with its lease, and pinging thousands of agents costs CPU.
+    "grpc.max_connection_idle_ms": idleConnectionMs,
     // Its bookkeeping costs memory for every connection, and nothing reads it.
     "grpc.enable_channelz": 0,
   });

@@ -6,13 +6,13 @@ import type { DesiredSet } from "@clodei/proto/gen/clodei/node/v1/node_link_serv
 import type { NodeId } from "@clodei/proto/ids";
 import type { InstancesService } from "../instances/service.ts";
 import type { NodesService } from "../nodes/service.ts";
-import type { Database } from "../platform/database.ts";
+import type { Database, SystemTx } from "../platform/database.ts";
 import type { Log } from "../platform/log.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
-import type { CertificateGate } from "./certificate-gate.ts";
+import type { CertificateGate, Checks } from "./certificate-gate.ts";
 import type { DispatchMetrics } from "./metrics.ts";
 import type { NodeSession } from "./node-session.ts";
-import { reconcileContainers } from "./session-claims.ts";
+import { type PendingReconcile, reconcileContainers } from "./session-claims.ts";
 import { readUnsettledSessions, type SessionRow } from "./store.ts";
 
 /** What keeping sessions needs. */
@@ -144,11 +144,13 @@ export class SessionKeeper implements AsyncDisposable {
   }
 
   async #pass(nodeIds: readonly NodeId[], full: boolean): Promise<void> {
+    const { leaseMs } = this.#options;
     const sessions = nodeIds.flatMap((nodeId) => this.#held.get(nodeId)?.session ?? []).filter(isLive);
     if (sessions.length === 0) return;
-    const { unsettled, sets } = await this.#read(sessions);
+    const { checks, unsettled, behind } = await this.#look(sessions);
+    const nowMs = performance.now();
     for (const session of sessions) {
-      const refusal = await this.#options.gate.refusal(session.link.peer);
+      const refusal = this.#options.gate.refusalBy(checks, session.link.peer);
       const row = unsettled.get(session.nodeId);
       if (row !== undefined && row.sessionId !== session.id) {
         // Before the certificate: a renewal supersedes the certificate of the session that it replaces.
@@ -158,52 +160,70 @@ export class SessionKeeper implements AsyncDisposable {
       } else if (unsettled.has(session.nodeId)) {
         settle(session, row);
       }
-      if (full) await this.#checkPatience(session);
-      const set = sets.get(session);
-      if (set !== undefined && isLive(session)) this.#sendDesired(session, set);
+      if (!full) continue;
+      this.#checkPatience(session, nowMs);
+      const pending = session.reconcileAfter;
+      if (pending !== undefined && nowMs - session.beganAtMs >= leaseMs) await this.#giveUpJournal(session, pending);
     }
+    if (behind.length > 0) await this.#sendSets(behind);
   }
 
-  /** One snapshot of all of them, and the sets of those nodes whose generation grew. */
-  #read(
-    sessions: readonly NodeSession[],
-  ): Promise<{ unsettled: ReadonlyMap<NodeId, SessionRow | undefined>; sets: Map<NodeSession, DesiredSet> }> {
-    const { database, nodes, instances } = this.#options;
-    return database.system(
+  /** What of them is to be looked at: three questions for all, most of which are answered by nothing. */
+  async #look(sessions: readonly NodeSession[]): Promise<{
+    checks: Checks;
+    unsettled: ReadonlyMap<NodeId, SessionRow | undefined>;
+    behind: NodeSession[];
+  }> {
+    const { database, gate } = this.#options;
+    return database.look(async (tx) => {
+      const peers = sessions.map((session) => session.link.peer);
+      const checks = await gate.refresh(tx, peers);
+      const unsettled = await readUnsettledSessions(tx, heldOf(sessions));
+      const generations = await this.#newerGenerations(tx, sessions);
+      return { checks, unsettled, behind: sessions.filter((session) => isBehind(session, generations)) };
+    });
+  }
+
+  /** Sends their nodes' desired sets to those whose generation grew. */
+  async #sendSets(behind: readonly NodeSession[]): Promise<void> {
+    const { database, instances } = this.#options;
+    const sets = await database.system(
       async (tx) => {
-        const peers = sessions.map((session) => session.link.peer);
-        await this.#options.gate.refresh(tx, peers);
-        const held = sessions.map(({ nodeId, id: sessionId }) => ({ nodeId, sessionId }));
-        const unsettled = await readUnsettledSessions(tx, held);
-        const sent = new Map(sessions.map((session) => [session.nodeId, session.sentGeneration]));
-        const generations = await nodes.newerGenerations(tx, sent);
-        const sets = new Map<NodeSession, DesiredSet>();
+        const sessions = behind.filter(isLive);
+        const unsettled = await readUnsettledSessions(tx, heldOf(sessions));
+        const generations = await this.#newerGenerations(tx, sessions);
+        const read = new Map<NodeSession, DesiredSet>();
         for (const session of sessions) {
           const generation = generations.get(session.nodeId);
-          if (generation === undefined || !session.wantsDesired(generation)) continue;
-          // Not before Hello's containers were looked at: what is lost must not be taken for what is to be started.
-          if (session.reconcileAfter !== undefined) continue;
+          if (generation === undefined || !isBehind(session, generations)) continue;
           // A session that is no longer the node's learns nothing more.
           if (unsettled.has(session.nodeId) && unsettled.get(session.nodeId)?.sessionId !== session.id) continue;
-          sets.set(session, await instances.desiredSet(tx, session.nodeId, generation));
+          read.set(session, await instances.desiredSet(tx, session.nodeId, generation));
         }
-        return { unsettled, sets };
+        return read;
       },
       // One snapshot: a set must not be older than the generation that it is sent under.
       { isolation: "repeatable read" },
     );
+    for (const [session, set] of sets) if (isLive(session)) this.#sendDesired(session, set);
+  }
+
+  #newerGenerations(tx: SystemTx, sessions: readonly NodeSession[]): Promise<ReadonlyMap<NodeId, bigint>> {
+    const sent = new Map(sessions.map((session) => [session.nodeId, session.sentGeneration]));
+    return this.#options.nodes.newerGenerations(tx, sent);
   }
 
   /** Ends what has taken too long. */
-  async #checkPatience(session: NodeSession): Promise<void> {
-    const { leaseMs, database, instances, log } = this.#options;
+  #checkPatience(session: NodeSession, nowMs: number): void {
     session.link.checkQueue();
-    const nowMs = performance.now();
-    if (nowMs - session.heardAtMs > leaseMs) {
+    if (nowMs - session.heardAtMs > this.#options.leaseMs) {
       session.link.goodbye(ErrorReason.UNAVAILABLE, "nothing was heard for the lease", { cut: true });
     }
-    const pending = session.reconcileAfter;
-    if (pending === undefined || nowMs - session.beganAtMs < leaseMs || !isLive(session)) return;
+  }
+
+  async #giveUpJournal(session: NodeSession, pending: PendingReconcile): Promise<void> {
+    const { database, instances, log } = this.#options;
+    if (!isLive(session)) return;
     // The agent does not send what its journal holds (it lost it). What it said in Hello is all that there is.
     log.warn({ nodeId: session.nodeId }, "a node did not send its journal: its containers are taken as Hello said");
     await database.system((tx) =>
@@ -229,6 +249,18 @@ function settle(session: NodeSession, row: SessionRow | undefined): void {
   if (row === undefined || row.endTime !== undefined)
     session.link.goodbye(ErrorReason.UNAVAILABLE, "the session ended");
   else if (row.probe !== undefined && row.probe.replyTime === undefined) session.probe(row.probe.nonce);
+}
+
+/** Whether the node's generation grew beyond what the session was sent, and it may be sent the new set now. */
+function isBehind(session: NodeSession, generations: ReadonlyMap<NodeId, bigint>): boolean {
+  const generation = generations.get(session.nodeId);
+  // Not before Hello's containers were looked at: what is lost must not be taken for what is to be started.
+  if (generation === undefined || session.reconcileAfter !== undefined) return false;
+  return session.wantsDesired(generation);
+}
+
+function heldOf(sessions: readonly NodeSession[]): { readonly nodeId: NodeId; readonly sessionId: string }[] {
+  return sessions.map(({ nodeId, id: sessionId }) => ({ nodeId, sessionId }));
 }
 
 function isLive(session: NodeSession): boolean {

@@ -1,6 +1,6 @@
 // All SQL of dispatch. Works as clodei_system: a node belongs to no organization, and its reports to many.
 import type { InstanceId, NodeId, OrganizationId } from "@clodei/proto/ids";
-import type { SystemTx } from "../platform/database.ts";
+import { idArray, type SystemTx } from "../platform/database.ts";
 import type { SessionRecord } from "./model.ts";
 
 /** A node's session, with who holds it and what it is being asked. */
@@ -86,7 +86,7 @@ export async function readUnsettledSessions(
      left join node_sessions s on s.node_id = held.node_id
      where s.session_id is distinct from held.session_id or s.end_time is not null
        or (s.probe_nonce is not null and s.probe_reply_time is null)`,
-    [held.map(({ nodeId }) => nodeId), held.map(({ sessionId }) => sessionId)],
+    [idArray(held.map(({ nodeId }) => nodeId)), idArray(held.map(({ sessionId }) => sessionId))],
   );
   const nodeIds = nodes.map((row) => row.node_id);
   const rows = nodeIds.length === 0 ? [] : await readSessions(tx, nodeIds);
@@ -136,7 +136,7 @@ export async function recordSessionHeartbeats(
      update node_sessions s set heartbeat_time = $3, previous_secret_hash = null
      from beating where s.node_id = beating.node_id
      returning s.session_id`,
-    [sessions.map(({ nodeId }) => nodeId), sessions.map(({ sessionId }) => sessionId), time],
+    [idArray(sessions.map(({ nodeId }) => nodeId)), idArray(sessions.map(({ sessionId }) => sessionId)), time],
   );
   return new Set(rows.map((row) => row.session_id));
 }

@@ -52,7 +52,7 @@ export class TestFleet implements AsyncDisposable {
   readonly db: TestDatabase;
   readonly authority: Authority;
   readonly organizationId: OrganizationId = newId("org");
-  readonly #enrollment: Enrollment;
+  readonly enrollment: Enrollment;
   readonly #resources = new AsyncDisposableStack();
   /** What is added to the clock of everything that is started here. */
   clockOffsetMs = 0;
@@ -60,7 +60,7 @@ export class TestFleet implements AsyncDisposable {
   private constructor(db: TestDatabase, authority: Authority) {
     this.db = db;
     this.authority = authority;
-    this.#enrollment = this.#createEnrollment();
+    this.enrollment = this.#createEnrollment();
   }
 
   static async start(): Promise<TestFleet> {
@@ -88,7 +88,7 @@ export class TestFleet implements AsyncDisposable {
     await wakeups.start();
     const { clock } = this;
     const leaseMs = config.leaseMs ?? 3_000;
-    const nodes = new NodesService({ enrollment: this.#enrollment, clock, wakeups, log, registry, leaseMs });
+    const nodes = new NodesService({ enrollment: this.enrollment, clock, wakeups, log, registry, leaseMs });
     const placement = new PlacementService(nodes);
     const instances = new InstancesService({
       nodes,
@@ -127,7 +127,7 @@ export class TestFleet implements AsyncDisposable {
 
   /** Enrolls a node with a real token and a real certificate request. */
   async enroll(): Promise<NodeIdentity> {
-    const enrollment = this.#enrollment;
+    const enrollment = this.enrollment;
     const { token } = await this.db.database.system((tx) =>
       enrollment.createToken(tx, { location, nodeName: "", maxUses: 1, lifetimeMs: 60_000, creatorId: newId("opr") }),
     );

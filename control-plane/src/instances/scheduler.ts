@@ -26,6 +26,7 @@ import { Recorder } from "./recorder.ts";
 import { forPlacement, placementRequestOf } from "./spec.ts";
 import {
   type GpuHolder,
+  hasPending,
   lockInstance,
   lockInstances,
   purgeDeleted,
@@ -116,6 +117,8 @@ export class Scheduler {
 
   /** Places who can be placed, the first come first, and fails who waited for too long. */
   async placePending(signal: AbortSignal): Promise<void> {
+    // Where nobody waits, nobody has waited for too long, either.
+    if (!(await this.#options.database.look(hasPending))) return;
     let again = true;
     let someWait = true;
     while (again && !signal.aborted) {
@@ -128,7 +131,6 @@ export class Scheduler {
         again = false;
       }
     }
-    // Where nobody waits, nobody has waited for too long: at rest that spares every second transaction.
     while (someWait && !signal.aborted && (await this.#expire())) {
       // The next ones.
     }
@@ -137,7 +139,7 @@ export class Scheduler {
   /** Writes onto instances what became of their nodes: revoked, silent, back, with GPUs that fell ill. */
   async followNodes(signal: AbortSignal): Promise<void> {
     const { database, nodes } = this.#options;
-    const { inUse, standings } = await database.system(async (tx) => {
+    const { inUse, standings } = await database.look(async (tx) => {
       const used = await selectNodesInUse(tx);
       const ids = used.map(({ nodeId }) => nodeId);
       return { inUse: used, standings: await nodes.standings(tx, ids) };
@@ -162,7 +164,7 @@ export class Scheduler {
 
   async #followGpus(signal: AbortSignal): Promise<void> {
     const { database, nodes } = this.#options;
-    const { troubles, changed } = await database.system(async (tx) => {
+    const { troubles, changed } = await database.look(async (tx) => {
       const byNode = await nodes.gpuTroubles(tx);
       const holders = await selectGpuHolders(tx, [...byNode.keys()]);
       const isOther = ({ nodeId, gpus }: GpuHolder): boolean =>

@@ -272,6 +272,11 @@ export async function selectPending(
   return rows.map(fromRow);
 }
 
+/** Whether any instance waits for its place. */
+export async function hasPending(tx: SystemTx): Promise<boolean> {
+  return (await tx.query("select 1 from instances where state = 'PENDING' limit 1")).length > 0;
+}
+
 /** What an organization has of what it may have a share of. */
 export type Shares = {
   readonly pending: number;

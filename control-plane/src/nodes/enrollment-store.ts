@@ -1,7 +1,7 @@
 // All SQL about how nodes are let in: enrollment tokens, who used them, certificates, used challenges. Works as
 // clodei_system, but for one question by which strangers are told apart before they cost anything.
 import type { EnrollmentTokenId, NodeId } from "@clodei/proto/ids";
-import type { SystemTx, Tx } from "../platform/database.ts";
+import { idArray, type SystemTx, type Tx } from "../platform/database.ts";
 import type { EnrollmentTokenRecord, NodeLocation, NodeState } from "./model.ts";
 
 type RawToken = {
@@ -213,7 +213,7 @@ export async function readEndedCertificates(tx: SystemTx, serials: readonly stri
      left join node_certificates c on c.serial = known.serial
      left join nodes n on n.id = c.node_id
      where (c.state = 'active' and n.state not in ('revoked', 'quarantined')) is not true`,
-    [serials],
+    [idArray(serials)],
   );
   return rows.map(({ serial }) => serial);
 }

@@ -185,6 +185,11 @@ export class NodesService {
     this.#hint(tx, "nodes");
   }
 
+  /** Whether there is a node whose agent was not heard for the lease: cheap enough to be asked every second. */
+  hasExpiredLeases(tx: SystemTx): Promise<boolean> {
+    return store.hasExpiredLeases(tx);
+  }
+
   /**
    * Nodes whose agents were not heard for the lease become unreachable; what runs there goes on.
    *

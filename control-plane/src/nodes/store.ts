@@ -4,7 +4,7 @@ import { fromBinary, toBinary } from "@bufbuild/protobuf";
 import { type NodeInventory, NodeInventorySchema } from "@clodei/proto/gen/clodei/v1/inventory";
 import type { NodeId } from "@clodei/proto/ids";
 import { recordChange } from "../platform/changes.ts";
-import type { SystemTx, Tx } from "../platform/database.ts";
+import { idArray, type SystemTx, type Tx } from "../platform/database.ts";
 import { type FleetNode, type NodeLocation, type NodeState, troubleOf } from "./model.ts";
 
 type RawNode = {
@@ -313,7 +313,7 @@ export type HeartbeatState = {
 export async function lockForHeartbeat(tx: SystemTx, nodeIds: readonly NodeId[]): Promise<HeartbeatState[]> {
   const rows = await tx.query<{ id: NodeId; state: NodeState; connected: boolean; heartbeat_digest: string }>(
     `select id, state, connected, heartbeat_digest from nodes where id = any($1) order by id for no key update`,
-    [nodeIds],
+    [idArray(nodeIds)],
   );
   return rows.map((row) => ({
     nodeId: row.id,
@@ -335,7 +335,7 @@ export async function extendLeases(tx: SystemTx, nodeIds: readonly NodeId[], lea
        heartbeat_time = clock_timestamp(),
        lease_expire_time = clock_timestamp() + make_interval(secs => $2::double precision / 1000)
      where id = any($1)`,
-    [nodeIds, leaseMs],
+    [idArray(nodeIds), leaseMs],
   );
 }
 
@@ -355,6 +355,14 @@ export async function lockExpiredLeases(
     [limit],
   );
   return rows.map(({ id, state }) => ({ nodeId: id, state }));
+}
+
+/** Whether there is a node whose lease ended. */
+export async function hasExpiredLeases(tx: SystemTx): Promise<boolean> {
+  const rows = await tx.query(
+    "select 1 from nodes where (state = 'ready' or connected) and lease_expire_time <= clock_timestamp() limit 1",
+  );
+  return rows.length > 0;
 }
 
 /** Counts a new enrollment under a node's id, so that what earlier ones left behind enrolls nothing. */
@@ -378,7 +386,7 @@ export async function readNewerGenerations(
   const rows = await tx.query<{ id: NodeId; desired_generation: bigint }>(
     `select n.id, n.desired_generation from unnest($1::text[], $2::int8[]) as known(id, generation)
      join nodes n on n.id = known.id where n.desired_generation > known.generation`,
-    [[...known.keys()], [...known.values()].map(String)],
+    [idArray([...known.keys()]), idArray([...known.values()])],
   );
   return new Map(rows.map((row) => [row.id, row.desired_generation]));
 }
