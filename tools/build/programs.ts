@@ -30,7 +30,7 @@ export const builtPrograms = {
   controlPlane: {
     name: "clodei-control-plane",
     main: "control-plane/src/main.js",
-    nodeFlags: ["--max-semi-space-size=4", "--optimize-for-size"],
+    nodeFlags: ["--max-semi-space-size=8"],
   },
 } as const satisfies Readonly<Record<string, BuiltProgram>>;
 

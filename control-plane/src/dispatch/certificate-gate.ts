@@ -58,9 +58,9 @@ export class CertificateGate {
     return this.#judge(peer, (await this.#ask(peer)).get(peer.certificateSerial));
   }
 
-  /** The same, of an answer of `refresh`. */
-  refusalBy(checks: Checks, peer: Peer): Refusal | undefined {
-    return this.#judge(peer, checks.get(peer.certificateSerial));
+  /** The same, of an answer of `refresh` and at a time that was asked for once, for many. */
+  refusalBy(checks: Checks, peer: Peer, now: Date): Refusal | undefined {
+    return this.#judge(peer, checks.get(peer.certificateSerial), now);
   }
 
   /**
@@ -103,12 +103,12 @@ export class CertificateGate {
     return this.#next.checks;
   }
 
-  #judge(peer: Peer, check: CertificateCheck | undefined): Refusal | undefined {
+  #judge(peer: Peer, check: CertificateCheck | undefined, now = this.#clock()): Refusal | undefined {
     // Also where the database does not know the certificate: it was of a node that is no more, or of another control plane.
     if (check === undefined || check.nodeId !== peer.nodeId) return certificateInvalid("the certificate is unknown");
     if (check.state === "revoked") return { reason: ErrorReason.NODE_REVOKED, message: "the node was revoked" };
     if (check.fault !== undefined) return certificateInvalid(`the certificate is ${check.fault}`);
-    if (check.expireTime <= this.#clock() || peer.certificateExpireTime <= this.#clock()) {
+    if (check.expireTime <= now || peer.certificateExpireTime <= now) {
       return certificateInvalid("the certificate is expired");
     }
     if (check.state === "quarantined") {

@@ -111,8 +111,7 @@ export class Conversation {
       try {
         return await work();
       } catch (error) {
-        if (!(error instanceof DatabaseAwayError) || link.ended.aborted || link.goodbyeReason !== undefined)
-          throw error;
+        if (!(error instanceof DatabaseAwayError) || link.isOver) throw error;
         this.#options.log.debug({ err: error, nodeId: link.peer.nodeId }, "a session waits for the database");
         await sleep(databaseRetryMs * (0.5 + Math.random()), undefined, { signal: link.ended }).catch(() => undefined);
       }

@@ -75,7 +75,7 @@ export class HeartbeatBatcher implements AsyncDisposable {
 
   async #record(batch: readonly (readonly [NodeSession, Heartbeat])[]): Promise<void> {
     // A session that is over speaks for nobody.
-    const live = batch.filter(([session]) => !session.link.ended.aborted && session.link.goodbyeReason === undefined);
+    const live = batch.filter(([session]) => !session.link.isOver);
     if (live.length === 0) return;
     await this.#options.database.system(async (tx) => {
       const current = await recordSessionHeartbeats(

@@ -78,8 +78,9 @@ function makeStorable(value: object, path: string): string | undefined {
   if (isTimestamp(value) && (value.seconds < minTimestampSeconds || value.seconds > maxTimestampSeconds)) {
     return `${path}: outside the years 1 to 9999`;
   }
-  const entries: [string, unknown][] = Object.entries(value);
-  for (const [key, item] of entries) {
+  // Keys and not entries: a pair for each field of each heartbeat is a fifth of what checking one costs.
+  for (const key of Object.keys(value)) {
+    const item: unknown = Reflect.get(value, key);
     if (typeof item === "string") {
       if (item.includes("\0")) Reflect.set(value, key, item.replaceAll("\0", "\u{fffd}"));
     } else if (typeof item === "bigint") {

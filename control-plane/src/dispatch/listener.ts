@@ -211,6 +211,7 @@ function assemble(deps: NodeListenerDeps): Parts {
     nodes,
     instances,
     wakeups,
+    clock,
     gate,
     metrics,
     log,

@@ -176,7 +176,7 @@ export class LogRelay {
     );
     session.link.ended.addEventListener("abort", broken, { once: true });
     signal.addEventListener("abort", aborted, { once: true });
-    if (session.link.ended.aborted || session.link.goodbyeReason !== undefined) broken();
+    if (session.link.isOver) broken();
     if (signal.aborted) aborted();
     try {
       return await stream.arrived.promise;

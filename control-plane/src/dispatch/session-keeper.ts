@@ -6,6 +6,7 @@ import type { DesiredSet } from "@clodei/proto/gen/clodei/node/v1/node_link_serv
 import type { NodeId } from "@clodei/proto/ids";
 import type { InstancesService } from "../instances/service.ts";
 import type { NodesService } from "../nodes/service.ts";
+import type { Clock } from "../platform/clock.ts";
 import type { Database, SystemTx } from "../platform/database.ts";
 import type { Log } from "../platform/log.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
@@ -21,6 +22,7 @@ export type SessionKeeperOptions = {
   readonly nodes: NodesService;
   readonly instances: InstancesService;
   readonly wakeups: Wakeups;
+  readonly clock: Clock;
   readonly gate: CertificateGate;
   readonly metrics: DispatchMetrics;
   readonly log: Log;
@@ -144,13 +146,14 @@ export class SessionKeeper implements AsyncDisposable {
   }
 
   async #pass(nodeIds: readonly NodeId[], full: boolean): Promise<void> {
-    const { leaseMs } = this.#options;
+    const { clock, gate, leaseMs } = this.#options;
     const sessions = nodeIds.flatMap((nodeId) => this.#held.get(nodeId)?.session ?? []).filter(isLive);
     if (sessions.length === 0) return;
     const { checks, unsettled, behind } = await this.#look(sessions);
+    const now = clock();
     const nowMs = performance.now();
     for (const session of sessions) {
-      const refusal = this.#options.gate.refusalBy(checks, session.link.peer);
+      const refusal = gate.refusalBy(checks, session.link.peer, now);
       const row = unsettled.get(session.nodeId);
       if (row !== undefined && row.sessionId !== session.id) {
         // Before the certificate: a renewal supersedes the certificate of the session that it replaces.
@@ -264,5 +267,5 @@ function heldOf(sessions: readonly NodeSession[]): { readonly nodeId: NodeId; re
 }
 
 function isLive(session: NodeSession): boolean {
-  return !session.link.ended.aborted && session.link.goodbyeReason === undefined;
+  return !session.link.isOver;
 }

@@ -39,6 +39,8 @@ export class SessionLink {
   readonly #cutConnection: (address: string) => void;
   readonly #ended = new AbortController();
   #goodbye: ErrorReason | undefined;
+  /** Asked for every session every second, which a signal's own getter is too slow for. */
+  #isOver = false;
 
   constructor(options: {
     peer: Peer;
@@ -56,11 +58,11 @@ export class SessionLink {
       options.limits,
       (why) => {
         options.onOverflow(why);
-        this.#ended.abort();
+        this.#end();
         this.#cutConnection(this.peer.address);
       },
     );
-    const over = (): void => this.#ended.abort();
+    const over = (): void => this.#end();
     this.#stream.once("close", over);
     this.#stream.once("cancelled", over);
   }
@@ -75,20 +77,26 @@ export class SessionLink {
     return this.#goodbye;
   }
 
+  /** Whether nothing more can be said: it ended, or is about to. */
+  get isOver(): boolean {
+    return this.#isOver;
+  }
+
   get queuedBytes(): number {
     return this.#queue.queuedBytes;
   }
 
   /** Sends a message, unless the session is over. */
   send(message: SessionResponse["message"], flushed?: () => void): void {
-    if (this.#goodbye !== undefined || this.#ended.signal.aborted) return;
+    if (this.#isOver) return;
     this.#write(message, flushed);
   }
 
   /** Ends the session, and says why. Only the first call counts. */
   goodbye(reason: ErrorReason, message: string, options: GoodbyeOptions = {}): void {
-    if (this.#goodbye !== undefined || this.#ended.signal.aborted) return;
+    if (this.#isOver) return;
     this.#goodbye = reason;
+    this.#isOver = true;
     this.#write({
       case: "goodbye",
       value: create(GoodbyeSchema, {
@@ -115,7 +123,7 @@ export class SessionLink {
         destroyOnReturn: false,
       });
       for await (const message of messages) {
-        if (this.#goodbye !== undefined || this.#ended.signal.aborted) return;
+        if (this.#isOver) return;
         yield message;
       }
     } catch {
@@ -125,7 +133,12 @@ export class SessionLink {
 
   /** Ends the stream without a word, where the agent has ended its side. */
   end(): void {
-    if (this.#goodbye === undefined && !this.#ended.signal.aborted) this.#finish(false);
+    if (!this.#isOver) this.#finish(false);
+  }
+
+  #end(): void {
+    this.#isOver = true;
+    this.#ended.abort();
   }
 
   // What was written goes out first; an agent that does not read it in time is left.
@@ -135,7 +148,7 @@ export class SessionLink {
       // The connection of a replaced session may carry its successor: that one is never cut.
       if (cut) this.#cutConnection(this.peer.address);
       this.#stream.destroy();
-      this.#ended.abort();
+      this.#end();
     }, this.#limits.goodbyeTimeoutMs);
     this.#ended.signal.addEventListener("abort", () => clearTimeout(timer), { once: true });
   }
