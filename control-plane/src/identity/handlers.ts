@@ -40,7 +40,8 @@ function whoAmI(caller: Caller): MessageInitShape<typeof WhoAmIResponseSchema> {
       };
     case "anonymous":
     case "node":
-      // The method's option admits neither: this is the second lock on the same door.
+    case "replica":
+      // The method's option admits none of them: this is the second lock on the same door.
       throw new DomainError(ErrorReason.CREDENTIALS_MISSING, "give an API key or a token: authorization: Bearer <key>");
   }
 }

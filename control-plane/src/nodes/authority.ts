@@ -1,6 +1,6 @@
 /**
- * The certificate authority of the node link: one root with a P-256 key, that signs nodes' and listeners'
- * certificates itself. Its digest stands in every enrollment token, so a node trusts exactly this root.
+ * The certificate authority of the node link: one root with a P-256 key, that signs nodes', listeners' and
+ * replicas' certificates itself. Its digest stands in every enrollment token, so a node trusts exactly this root.
  * Made at first start in DATA/ca, or given as PEM from a mounted secret (needed where there are several replicas).
  */
 import "reflect-metadata"; // before @peculiar/x509, which needs it at import
@@ -15,6 +15,9 @@ import {
   type NodeCertificate,
   parseCertificate,
   readNodeCertificate,
+  readReplicaCertificate,
+  type ReplicaCertificate,
+  replicaSpiffeIdOf,
   serverAuth,
   signatureAlgorithm,
   spiffeIdOf,
@@ -39,6 +42,9 @@ const listenerBackdateMs = dayMs;
 /** The control plane alone judges a node's certificate: only the clocks of its replicas have to agree. */
 const nodeBackdateMs = 5 * 60 * 1000;
 
+/** Nobody revokes a replica: its certificate is as short as a node's, and renewed at half of it. */
+const replicaLifetimeMs = dayMs;
+
 /** 128 random bits: unique without asking anybody, and nothing to guess. */
 const serialBytes = 16;
 
@@ -46,7 +52,7 @@ const serialBytes = 16;
 export type IssuedNodeCertificate = NodeCertificate & { readonly der: Uint8Array<ArrayBuffer> };
 
 /** What a TLS listener needs. */
-type ListenerCertificate = {
+type KeyedCertificate = {
   /** PEM of the certificate and of the root: an agent that knows only the root's digest takes it from here. */
   readonly certificateChainPem: string;
   readonly privateKeyPem: string;
@@ -172,29 +178,59 @@ export class Authority {
    *
    * @param names Host names and addresses by which the listener is reached; at least one.
    */
-  async issueListenerCertificate(names: readonly string[], now: Date): Promise<ListenerCertificate> {
+  async issueListenerCertificate(names: readonly string[], now: Date): Promise<KeyedCertificate> {
     const [first] = names;
     if (first === undefined) throw new Error("a listener's certificate needs at least one name");
+    return this.#issueWithKey({
+      commonName: first.slice(0, 64), // 64 characters are the most that X.520 allows; clients look at the SAN
+      names: names.map((value) => (isIP(value) === 0 ? { type: "dns", value } : { type: "ip", value })),
+      usages: [serverAuth],
+      backdateMs: listenerBackdateMs,
+      lifetimeMs: listenerLifetimeMs,
+      now,
+    });
+  }
+
+  /** Makes a replica's certificate, with a key of its own. Good for both ends of the link between replicas. */
+  issueReplicaCertificate(replicaId: string, now: Date): Promise<KeyedCertificate> {
+    return this.#issueWithKey({
+      commonName: replicaId,
+      names: [{ type: "url", value: replicaSpiffeIdOf(this.trustDomain, replicaId) }],
+      usages: replicaUsages,
+      // The replicas' clocks alone have to agree, as with nodes' certificates.
+      backdateMs: nodeBackdateMs,
+      lifetimeMs: replicaLifetimeMs,
+      now,
+    });
+  }
+
+  async #issueWithKey(options: {
+    readonly commonName: string;
+    readonly names: x509.JsonGeneralName[];
+    readonly usages: readonly x509.ExtendedKeyUsage[];
+    readonly backdateMs: number;
+    readonly lifetimeMs: number;
+    readonly now: Date;
+  }): Promise<KeyedCertificate> {
+    const { now } = options;
     const keys = await globalThis.crypto.subtle.generateKey(keyAlgorithm, true, ["sign", "verify"]);
     const expireTime = new Date(
-      Math.min(wholeSecond(now.getTime() + listenerLifetimeMs).getTime(), this.#root.notAfter.getTime()),
+      Math.min(wholeSecond(now.getTime() + options.lifetimeMs).getTime(), this.#root.notAfter.getTime()),
     );
     const certificate = await x509.X509CertificateGenerator.create({
       serialNumber: newSerial(),
-      subject: [{ CN: [first.slice(0, 64)] }], // 64 characters are the most that X.520 allows; clients look at the SAN
+      subject: [{ CN: [options.commonName] }],
       issuer: this.#root.subjectName,
       publicKey: keys.publicKey,
       signingKey: this.#signingKey,
-      notBefore: new Date(now.getTime() - listenerBackdateMs),
+      notBefore: new Date(now.getTime() - options.backdateMs),
       notAfter: expireTime,
       signingAlgorithm: signatureAlgorithm,
       extensions: [
         new x509.BasicConstraintsExtension(false, undefined, true),
         new x509.KeyUsagesExtension(x509.KeyUsageFlags.digitalSignature, true),
-        new x509.ExtendedKeyUsageExtension([serverAuth]),
-        new x509.SubjectAlternativeNameExtension(
-          names.map((value) => (isIP(value) === 0 ? { type: "dns" as const, value } : { type: "ip" as const, value })),
-        ),
+        new x509.ExtendedKeyUsageExtension([...options.usages]),
+        new x509.SubjectAlternativeNameExtension(options.names),
         await x509.AuthorityKeyIdentifierExtension.create(this.#root.publicKey),
       ],
     });
@@ -211,19 +247,26 @@ export class Authority {
    * expiry or revocation.
    */
   issued(der: Uint8Array): NodeCertificate | undefined {
-    const certificate = parseCertificate(der);
-    if (certificate === undefined) return undefined;
     const read = readNodeCertificate(der);
-    if (read === undefined || read.trustDomain !== this.trustDomain) return undefined;
+    return read?.trustDomain === this.trustDomain && this.#signed(der, [clientAuth]) ? read : undefined;
+  }
+
+  /** The same for a replica's certificate. */
+  issuedReplica(der: Uint8Array): ReplicaCertificate | undefined {
+    const read = readReplicaCertificate(der);
+    return read?.trustDomain === this.trustDomain && this.#signed(der, replicaUsages) ? read : undefined;
+  }
+
+  /** Whether this authority signed the certificate, for these uses and no others: no kind passes for another. */
+  #signed(der: Uint8Array, usages: readonly x509.ExtendedKeyUsage[]): boolean {
     try {
-      const own = new X509Certificate(new Uint8Array(certificate.rawData));
-      if (!own.checkIssued(this.#rootForVerify) || !own.verify(this.#rootForVerify.publicKey)) return undefined;
+      const own = new X509Certificate(der);
+      if (!own.checkIssued(this.#rootForVerify) || !own.verify(this.#rootForVerify.publicKey)) return false;
     } catch {
-      return undefined;
+      return false;
     }
-    // A listener's certificate has no SPIFFE URI, so this is never reached with one; a later kind could have.
-    const usage = certificate.getExtension(x509.ExtendedKeyUsageExtension)?.usages ?? [];
-    return usage.length === 1 && usage[0] === clientAuth ? read : undefined;
+    const found = parseCertificate(der)?.getExtension(x509.ExtendedKeyUsageExtension)?.usages ?? [];
+    return found.length === usages.length && usages.every((usage) => found.includes(usage));
   }
 
   /**
@@ -236,6 +279,8 @@ export class Authority {
     return new Uint8Array(hkdfSync("sha256", Buffer.from(d, "base64url"), Buffer.alloc(0), purpose, 32));
   }
 }
+
+const replicaUsages = [clientAuth, serverAuth];
 
 /** The trust domain stands in a URI that is matched byte by byte: lower case, as SPIFFE wants it. */
 function checkTrustDomain(trustDomain: string): void {

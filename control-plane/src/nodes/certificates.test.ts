@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { generateKeyPairSync, X509Certificate } from "node:crypto";
+import { generateKeyPairSync, randomUUID, X509Certificate } from "node:crypto";
 import { chmod, mkdtemp, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
@@ -82,6 +82,31 @@ describe("certificates", () => {
     const listener = await authority.issueListenerCertificate(["localhost"], now);
     assert.equal(authority.issued(new X509Certificate(listener.certificateChainPem).raw), undefined);
     assert.equal(authority.issued(authority.trustBundle[0] ?? new Uint8Array()), undefined);
+  });
+
+  test("a replica's certificate is for both ends of a link, and passes for no node, nor a node's for a replica", async () => {
+    const authority = await newAuthority();
+    const replicaId = randomUUID();
+    const { certificateChainPem, renewTime, expireTime } = await authority.issueReplicaCertificate(replicaId, now);
+    const leaf = new X509Certificate(certificateChainPem);
+    assert.equal(leaf.subjectAltName, `URI:spiffe://clodei.com/control-plane/${replicaId}`);
+    assert.deepEqual(leaf.keyUsage?.toSorted(), ["1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"]);
+    assert.ok(renewTime < expireTime && expireTime.getTime() - now.getTime() <= dayMs);
+    assert.deepEqual(authority.issuedReplica(leaf.raw), {
+      replicaId,
+      trustDomain: "clodei.com",
+      notAfter: new Date(leaf.validTo),
+    });
+    assert.equal(authority.issued(leaf.raw), undefined);
+    const { issued } = await newNode(authority);
+    assert.equal(authority.issuedReplica(issued.der), undefined);
+    const listener = await authority.issueListenerCertificate([`spiffe://clodei.com/control-plane/${replicaId}`], now);
+    assert.equal(authority.issuedReplica(new X509Certificate(listener.certificateChainPem).raw), undefined);
+    const [elsewhere, foreign] = await Promise.all([newAuthority("example.com"), newAuthority()]);
+    for (const other of [elsewhere, foreign]) {
+      const theirs = new X509Certificate((await other.issueReplicaCertificate(replicaId, now)).certificateChainPem);
+      assert.equal(authority.issuedReplica(theirs.raw), undefined);
+    }
   });
 
   test("replicas derive the same secret from one key, whatever the form of its PEM", async () => {

@@ -1,6 +1,6 @@
 /**
- * X.509 as the node link uses it: what is in a node's certificate, how one is read, and how a certificate
- * request is judged. Pure: keys and times are arguments.
+ * X.509 as the node link and the link between replicas use it: what is in a node's certificate and in a replica's, how
+ * one is read, and how a certificate request is judged. Pure: keys and times are arguments.
  *
  * The location stands in the subject (C, ST, L, OU=tier-N) and the identity in a SPIFFE URI: both are attributes
  * that every tool prints, so no private extension is needed.
@@ -33,6 +33,14 @@ export type NodeCertificate = {
   readonly publicKey: Uint8Array<ArrayBuffer>;
 };
 
+/** What a replica's certificate says: the process that has it is this control plane. */
+export type ReplicaCertificate = {
+  /** A UUID that the process gave itself at its start. */
+  readonly replicaId: string;
+  readonly trustDomain: string;
+  readonly notAfter: Date;
+};
+
 /** A public key that the bearer of a certificate request proved to hold. */
 export type RequestedKey = {
   /** DER of the SubjectPublicKeyInfo. */
@@ -44,6 +52,11 @@ export type RequestedKey = {
 /** The SPIFFE ID of a node. */
 export function spiffeIdOf(trustDomain: string, nodeId: NodeId): string {
   return `spiffe://${trustDomain}/node/${nodeId}`;
+}
+
+/** The SPIFFE ID of a replica. No node id can make it look like a node's: the path's first segment is another. */
+export function replicaSpiffeIdOf(trustDomain: string, replicaId: string): string {
+  return `spiffe://${trustDomain}/control-plane/${replicaId}`;
 }
 
 /** The subject of a node's certificate. */
@@ -65,10 +78,7 @@ export function readNodeCertificate(der: Uint8Array): NodeCertificate | undefine
   const certificate = parseCertificate(der);
   if (certificate === undefined) return undefined;
   try {
-    const names = certificate.getExtension(x509.SubjectAlternativeNameExtension)?.names.items ?? [];
-    const [name] = names;
-    if (names.length !== 1 || name?.type !== "url") return undefined;
-    const match = /^spiffe:\/\/([a-z0-9.-]{1,255})\/node\/([a-z0-9_]{1,64})$/.exec(name.value);
+    const match = /^spiffe:\/\/([a-z0-9.-]{1,255})\/node\/([a-z0-9_]{1,64})$/.exec(onlyUriOf(certificate));
     const nodeId = parseId("nod", match?.[2] ?? "");
     const location = readLocation(certificate.subjectName);
     if (match?.[1] === undefined || nodeId === undefined || location === undefined) return undefined;
@@ -81,6 +91,20 @@ export function readNodeCertificate(der: Uint8Array): NodeCertificate | undefine
       notAfter: certificate.notAfter,
       publicKey: new Uint8Array(certificate.publicKey.rawData),
     };
+  } catch {
+    return undefined; // an extension or a name that cannot be read
+  }
+}
+
+/** The same for a replica's certificate. */
+export function readReplicaCertificate(der: Uint8Array): ReplicaCertificate | undefined {
+  const certificate = parseCertificate(der);
+  if (certificate === undefined) return undefined;
+  try {
+    const match = /^spiffe:\/\/([a-z0-9.-]{1,255})\/control-plane\/([0-9a-f-]{36})$/.exec(onlyUriOf(certificate));
+    const [, trustDomain, replicaId] = match ?? [];
+    if (trustDomain === undefined || replicaId === undefined) return undefined;
+    return { replicaId, trustDomain, notAfter: certificate.notAfter };
   } catch {
     return undefined; // an extension or a name that cannot be read
   }
@@ -122,6 +146,13 @@ export function importPublicKey(spki: Uint8Array<ArrayBuffer>): Promise<CryptoKe
 /** sha256 of bytes or of the UTF-8 of a text. */
 export function sha256(data: Uint8Array | string): Uint8Array<ArrayBuffer> {
   return new Uint8Array(createHash("sha256").update(data).digest());
+}
+
+/** The URI that is the certificate's one and only name, or "". */
+function onlyUriOf(certificate: x509.X509Certificate): string {
+  const names = certificate.getExtension(x509.SubjectAlternativeNameExtension)?.names.items ?? [];
+  const [name] = names;
+  return names.length === 1 && name?.type === "url" ? name.value : "";
 }
 
 function readLocation(subject: x509.Name): NodeLocation | undefined {

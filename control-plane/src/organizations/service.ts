@@ -80,7 +80,8 @@ export class OrganizationsService {
       case "platform":
         return database.anonymous((tx) => store.doesCallerHold(tx, caller.callerId, undefined, []));
       case "node":
-        return false; // judged on the node listener, by its certificate
+      case "replica":
+        return false; // judged on listeners of their own, by their certificates
     }
   };
 

@@ -16,6 +16,7 @@ import { FileDescriptorProtoSchema } from "@bufbuild/protobuf/wkt";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { NodeLinkService } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { Access } from "@clodei/proto/gen/clodei/options/v1/options";
+import { ReplicaService } from "@clodei/proto/gen/clodei/replica/v1/replica_service";
 import { CatalogService } from "@clodei/proto/gen/clodei/v1/catalog_service";
 import { EnrollmentService } from "@clodei/proto/gen/clodei/v1/enrollment_service";
 import { IdentityService } from "@clodei/proto/gen/clodei/v1/identity_service";
@@ -59,12 +60,20 @@ const admitted: Readonly<Record<string, readonly string[]>> = {
   "clodei.v1.NodeService/RevokeNode": ["platform"],
   "clodei.v1.NodeService/ReenrollNode": ["platform"],
   "clodei.v1.EnrollmentService/Enroll": ["anonymous"],
-  "clodei.v1.EnrollmentService/CreateRenewalChallenge": ["anonymous", ...customers, "user", "platform", "node"],
+  "clodei.v1.EnrollmentService/CreateRenewalChallenge": [
+    "anonymous",
+    ...customers,
+    "user",
+    "platform",
+    "node",
+    "replica",
+  ],
   "clodei.v1.EnrollmentService/RenewExpired": ["anonymous"],
   "clodei.v1.IdentityService/WhoAmI": [...customers, "user", "platform"],
   "clodei.node.v1.NodeLinkService/Session": ["node"],
   "clodei.node.v1.NodeLinkService/UploadLogs": ["node"],
   "clodei.node.v1.NodeLinkService/RenewCertificate": ["node"],
+  "clodei.replica.v1.ReplicaService/RelayLogs": ["replica"],
 };
 
 const ours: readonly DescService[] = [
@@ -74,6 +83,7 @@ const ours: readonly DescService[] = [
   EnrollmentService,
   IdentityService,
   NodeLinkService,
+  ReplicaService,
 ];
 
 /** Every service of every generated file: also of one that nobody registered yet. */
@@ -160,6 +170,7 @@ describe("who may call", () => {
     assert.match(told(NodeService.method.listNodes, "role-ADMIN"), /platform operators, with an operator's API key/);
     assert.match(told(EnrollmentService.method.enroll, "user"), /leave out the authorization header/);
     assert.match(told(NodeLinkService.method.session, "platform"), /nodes, with their certificates/);
+    assert.match(told(ReplicaService.method.relayLogs, "node"), /control planes among themselves/);
   });
 
   test("a method without the option is callable by nobody", () => {

@@ -1,4 +1,4 @@
-// Who may call a method stands in its schema, and this reads it there, for both listeners. What a method does not
+// Who may call a method stands in its schema, and this reads it there, for all listeners. What a method does not
 // say is not allowed: a method without the option is callable by nobody.
 import { type DescMethod, getOption, hasOption, isUnknownEnum } from "@bufbuild/protobuf";
 import {
@@ -59,10 +59,12 @@ function isAdmitted(rule: Authorization, caller: Caller): boolean {
     case Access.CRON:
       // No method uses it yet, so nobody has such a token.
       return false;
+    case Access.REPLICA:
+      return caller.kind === "replica";
   }
 }
 
-/** Operators and nodes have no e-mail address of their own to verify. */
+/** Operators, nodes and control planes have no e-mail address of their own to verify. */
 function hasVerifiedEmail(caller: Caller): boolean {
   switch (caller.kind) {
     case "customer":
@@ -70,6 +72,7 @@ function hasVerifiedEmail(caller: Caller): boolean {
       return caller.emailVerified;
     case "platform":
     case "node":
+    case "replica":
       return true;
     case "anonymous":
       return false;
@@ -102,6 +105,8 @@ function whoMay(rule: Authorization | undefined, caller: Caller): string {
       return "it is for nodes that have no certificate yet: leave out the authorization header";
     case Access.CRON:
       return "it is for the scheduler";
+    case Access.REPLICA:
+      return "it is for control planes among themselves, with their certificates on the replica listener";
   }
 }
 

@@ -40,7 +40,10 @@ export type PlatformCaller = {
 /** A node, by its certificate on the node listener. */
 export type NodeCaller = { readonly kind: "node"; readonly nodeId: NodeId; readonly certificateSerial: string };
 
-export type Caller = AnonymousCaller | CustomerCaller | UserCaller | PlatformCaller | NodeCaller;
+/** Another control plane on the same database, by its certificate on the replica listener. */
+export type ReplicaCaller = { readonly kind: "replica"; readonly replicaId: string };
+
+export type Caller = AnonymousCaller | CustomerCaller | UserCaller | PlatformCaller | NodeCaller | ReplicaCaller;
 
 /**
  * Finds out who calls, from a request's headers.

@@ -283,6 +283,8 @@ function callerKey(caller: Caller): string | undefined {
       return caller.callerId;
     case "node":
       return caller.nodeId;
+    case "replica":
+      return caller.replicaId;
     case "anonymous":
       // Limited by address.
       return undefined;

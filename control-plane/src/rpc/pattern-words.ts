@@ -20,6 +20,7 @@ export const patternWords: ReadonlyMap<string, PatternWords> = new Map([
   ["^ins_[0-9a-hjkmnp-tv-z]{26}$", id("an instance", "ins")],
   ["^(ins_[0-9a-hjkmnp-tv-z]{26})?$", id("an instance", "ins")],
   ["^nod_[0-9a-hjkmnp-tv-z]{26}$", id("a node", "nod")],
+  ["^org_[0-9a-hjkmnp-tv-z]{26}$", id("an organization", "org")],
   ["^ent_[0-9a-hjkmnp-tv-z]{26}$", id("an enrollment token", "ent")],
   [
     "^[A-Za-z0-9][A-Za-z0-9._:/@-]*$",

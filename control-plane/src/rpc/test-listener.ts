@@ -42,6 +42,7 @@ export const testCallers: Readonly<Record<string, Caller>> = {
   user: { kind: "user", callerId: newId("usr"), emailVerified: true },
   platform: { kind: "platform", callerId: newId("opr"), credential: "token" },
   node: { kind: "node", nodeId: newId("nod"), certificateSerial: "01" },
+  replica: { kind: "replica", replicaId: "other" },
 };
 
 function customerWith(roles: readonly Role[]): Extract<Caller, { kind: "customer" }> {

@@ -3,6 +3,7 @@ import { test } from "node:test";
 import { create, type DescMessage, fromJson, getOption, type JsonValue, toJson } from "@bufbuild/protobuf";
 import { field as fieldRules, FieldRulesSchema } from "@bufbuild/protovalidate/gen/buf/validate/validate_pb.js";
 import { NodeLinkService } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import { ReplicaService } from "@clodei/proto/gen/clodei/replica/v1/replica_service";
 import {
   CreateInstanceRequestSchema,
   GetInstanceRequestSchema,
@@ -84,7 +85,7 @@ test("every pattern of the schemas has words and an example that matches it", ()
     if ("pattern" in rules && typeof rules.pattern === "string" && rules.pattern !== "") patterns.add(rules.pattern);
     Object.values(rules).forEach(collect);
   };
-  for (const service of [...publicServices, NodeLinkService]) {
+  for (const service of [...publicServices, NodeLinkService, ReplicaService]) {
     for (const { input } of service.methods) {
       for (const message of nestedMessages(input)) {
         for (const field of message.fields) collect(toJson(FieldRulesSchema, getOption(field, fieldRules)));
