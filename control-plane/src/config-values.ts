@@ -1,4 +1,5 @@
 // How the texts of settings are read. What a parser throws is told with the setting's name before it.
+import { isIPv6 } from "node:net";
 import { type LogLevel, logLevels } from "./platform/log.ts";
 import { checkProxyRange } from "./rpc/trusted-proxies.ts";
 
@@ -64,6 +65,13 @@ export function parseLogLevel(text: string): LogLevel {
   const level = logLevels.find((known) => known === text);
   if (level === undefined) throw new Error(`must be one of ${logLevels.join(", ")}`);
   return level;
+}
+
+/** Whether a host to listen on means every address of the machine, and so names none. */
+export function isWildcard(host: string): boolean {
+  // URL knows the many forms of one address.
+  const name = URL.parse(`http://${isIPv6(host) ? `[${host}]` : host}`)?.hostname;
+  return name === "0.0.0.0" || name === "[::]" || name === "[::ffff:0:0]";
 }
 
 /** Whether a host, as a URL has it, is this machine. */

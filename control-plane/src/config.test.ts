@@ -38,6 +38,19 @@ test("every problem is told, each with its setting", () => {
     assert.match(problems, new RegExp(name));
 });
 
+test("other control planes are told an address that leads here", () => {
+  for (const host of ["0.0.0.0", "::", "0:0::0", "::ffff:0.0.0.0"]) {
+    assert.match(problemsOf({ CLODEI_REPLICA_HOST: host }), /^CLODEI_REPLICA_ENDPOINT: give host:port .*every address/);
+    const given = { CLODEI_REPLICA_HOST: host, CLODEI_REPLICA_ENDPOINT: "10.0.0.7:8445" };
+    assert.equal(loadConfig({ environment: given }).replicaEndpoint, "10.0.0.7:8445");
+  }
+  assert.match(problemsOf({ CLODEI_REPLICA_ENDPOINT: "10.0.0.7:8445" }), /has no use without CLODEI_REPLICA_HOST/);
+  assert.match(problemsOf({}, { "--replica-endpoint": "here" }), /--replica-endpoint .*must be host:port/);
+  const config = loadConfig({ environment: { CLODEI_REPLICA_HOST: "10.0.0.7" } });
+  assert.deepEqual([config.replicaHost, config.replicaPort, config.replicaEndpoint], ["10.0.0.7", 8445, ""]);
+  assert.equal(loadConfig({ environment: {} }).replicaHost, "");
+});
+
 test("what lets proxies speak for others, or in plain text, says which proxies those are", () => {
   assert.match(problemsOf({ CLODEI_PUBLIC_TLS: "off" }), /CLODEI_PUBLIC_TLS: off needs TRUSTED_PROXIES/);
   assert.match(

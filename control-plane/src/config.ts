@@ -6,6 +6,7 @@ import { defaultImageAllowlist } from "@clodei/proto/image-reference";
 import { euAndEeaCountries } from "@clodei/proto/locations";
 import {
   isLoopback,
+  isWildcard,
   parseCountries,
   parseEndpoint,
   parseInteger,
@@ -16,6 +17,7 @@ import {
   parseSwitch,
   parseText,
 } from "./config-values.ts";
+import { databaseProblems } from "./config-database.ts";
 import { parseJwtIssuers } from "./identity/issuers.ts";
 import { logLevels } from "./platform/log.ts";
 import type { DatabaseSource } from "./platform/open-database.ts";
@@ -85,6 +87,27 @@ const settings = {
     "--node-endpoint",
     "",
     "host:port by which nodes reach the node listener; empty: the first public name and the node port",
+    parseEndpoint,
+  ),
+  replicaHost: setting(
+    "CLODEI_REPLICA_HOST",
+    "--replica-host",
+    "",
+    "address of the replica listener, where other control planes on the same database ask for output of nodes that are connected here; empty: none, which is right for a single control plane",
+    parseText,
+  ),
+  replicaPort: setting(
+    "CLODEI_REPLICA_PORT",
+    "--replica-port",
+    "8445",
+    "its port; 0: any free one; without effect where there is no replica listener",
+    parsePort,
+  ),
+  replicaEndpoint: setting(
+    "CLODEI_REPLICA_ENDPOINT",
+    "--replica-endpoint",
+    "",
+    "host:port by which the other control planes on the same database reach this one, and no other; empty: the replica host and port",
     parseEndpoint,
   ),
   operationsPort: setting(
@@ -339,6 +362,7 @@ function crossCheck(config: Config): string[] {
     ...pairProblems("CLODEI_CA_CERTIFICATE_FILE", config.caCertificateFile, "CLODEI_CA_KEY_FILE", config.caKeyFile),
     ...pairProblems("DATABASE_URL", config.databaseUrl, "DATABASE_SYSTEM_URL", config.databaseSystemUrl),
     ...proxyProblems(config),
+    ...replicaProblems(config),
     ...databaseProblems(config),
     ...config.corsOrigins.flatMap(originProblems),
     ...(config.leaseMs < 2 * config.heartbeatIntervalMs
@@ -363,55 +387,22 @@ function proxyProblems(config: Config): string[] {
   return problems;
 }
 
+/** What others are told of this control plane must lead to it. */
+function replicaProblems({ replicaHost, replicaEndpoint }: Config): string[] {
+  if (replicaHost === "" && replicaEndpoint !== "") {
+    return ["CLODEI_REPLICA_ENDPOINT: has no use without CLODEI_REPLICA_HOST, the address to listen on"];
+  }
+  if (isWildcard(replicaHost) && replicaEndpoint === "") {
+    return [
+      `CLODEI_REPLICA_ENDPOINT: give host:port by which the other control planes reach this one: CLODEI_REPLICA_HOST is ${replicaHost}, every address of this machine`,
+    ];
+  }
+  return [];
+}
+
 function pairProblems(first: string, firstValue: string, second: string, secondValue: string): string[] {
   if ((firstValue === "") === (secondValue === "")) return [];
   return [`${first} and ${second}: give both or none`];
-}
-
-function databaseProblems(config: Config): string[] {
-  const urls = {
-    DATABASE_URL: config.databaseUrl,
-    DATABASE_SYSTEM_URL: config.databaseSystemUrl,
-    DATABASE_MIGRATION_URL: config.databaseMigrationUrl,
-    CLODEI_DATABASE_ADMIN_URL: config.databaseAdminUrl,
-  };
-  const problems: string[] = [];
-  for (const [name, text] of Object.entries(urls)) {
-    if (text === "") continue;
-    const url = databaseUrlOf(text);
-    if (url === undefined) {
-      problems.push(`${name}: is not a postgres:// URL`);
-      continue;
-    }
-    const mode = url.searchParams.get("sslmode");
-    if (mode !== null && mode !== "verify-full" && !isLocalDatabase(url)) {
-      problems.push(
-        `${name}: sslmode=${mode} does not verify the database: the connection is always verified, leave it out`,
-      );
-    }
-    if (config.databaseCaFile === "" && !isLocalDatabase(url)) {
-      problems.push(`${name}: the database is not on this machine: give its CA as PEM in CLODEI_DATABASE_CA_FILE`);
-    }
-  }
-  if (config.databaseMigrationUrl !== "" && config.databaseUrl === "") {
-    problems.push("DATABASE_MIGRATION_URL: has no use without DATABASE_URL");
-  }
-  return problems;
-}
-
-/** The parts of a database URL, or undefined where it is none. `host` as a parameter names a socket's folder. */
-export function databaseUrlOf(text: string): URL | undefined {
-  if (!/^postgres(ql)?:\/\//.test(text)) return undefined;
-  // URL knows no empty host with a user, which is how a unix socket is written.
-  const url = URL.parse(text.replace(/^postgres(ql)?:\/\//, "http://").replace(/@\//, "@socket.invalid/"));
-  return url ?? undefined;
-}
-
-/** Whether a database is reached without leaving the machine. */
-export function isLocalDatabase(url: URL): boolean {
-  // The driver takes the last of several; none may lead away.
-  const hosts = url.searchParams.getAll("host");
-  return hosts.length === 0 ? isLoopback(url.hostname) : hosts.every((host) => host.startsWith("/"));
 }
 
 function originProblems(text: string): string[] {

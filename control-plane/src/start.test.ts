@@ -239,8 +239,8 @@ describe("a database of one's own", () => {
     const { port } = other.address() as AddressInfo;
     try {
       await withFolder(async (folder) => {
-        for (const name of ["public", "node", "operations"]) {
-          const ports = [...freePorts];
+        for (const name of ["public", "node", "replica", "operations"]) {
+          const ports = [...freePorts, "--replica-host", "127.0.0.1", "--replica-port", "0"];
           ports[ports.indexOf(`--${name}-port`) + 1] = String(port);
           const args = ["serve", "--data", folder, "--log-level", "error", ...ports];
           const failure: unknown = await run(args).catch((error: unknown) => error);

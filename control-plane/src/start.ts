@@ -55,6 +55,8 @@ export type RunningControlPlane = {
   readonly publicUrl: string;
   /** "host:port" of the node listener. */
   readonly nodeEndpoint: string;
+  /** "host:port" of the replica listener, where there is one. */
+  readonly replicaEndpoint: string | undefined;
   /** "http://127.0.0.1:port" of health and metrics. */
   readonly operationsUrl: string;
   /** PEM of the CA that signs both listeners' certificates, where the public one's is not configured. */
@@ -239,6 +241,10 @@ async function startListeners(
           maxConnectionsPerAddress: config.nodeConnectionsPerAddress,
           proxyProtocolFrom: config.nodeProxyProtocol ? new TrustedProxies(config.trustedProxies) : undefined,
           publicNames,
+          replicas:
+            config.replicaHost === ""
+              ? undefined
+              : { host: config.replicaHost, port: config.replicaPort, endpoint: config.replicaEndpoint },
           heartbeatIntervalMs,
           leaseMs,
           pollIntervalMs,
@@ -387,6 +393,7 @@ function describe(
   return {
     publicUrl: `${config.publicTls ? "https" : "http"}://${name.includes(":") ? `[${name}]` : name}:${listeners.publicListener.port}`,
     nodeEndpoint: config.nodeEndpoint === "" ? listeners.nodeListener.endpoint : config.nodeEndpoint,
+    replicaEndpoint: listeners.nodeListener.replicaEndpoint,
     operationsUrl: listeners.operationsUrl,
     caPem: base.authority.certificatePem,
     database: base.database,

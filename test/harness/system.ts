@@ -242,10 +242,11 @@ export class TestSystem implements AsyncDisposable {
       await importBusybox(engine.socketPath, testImage);
       const { replicas, controlPlaneEnv = {} } = options;
       const database = replicas === undefined ? undefined : closing.use(await TestDatabaseServer.start(folder));
+      const linkEnv = replicas === undefined ? {} : { CLODEI_REPLICA_HOST: "127.0.0.1", CLODEI_REPLICA_PORT: "0" };
       const controlPlanes: TestControlPlane[] = [];
       const ca = join(folder, "control-plane-1", "ca");
       for (let number = 1; number <= (replicas ?? 1); number++) {
-        const env = { ...controlPlaneEnv, ...database?.env, ...(number === 1 ? {} : authorityEnv(ca)) };
+        const env = { ...linkEnv, ...controlPlaneEnv, ...database?.env, ...(number === 1 ? {} : authorityEnv(ca)) };
         const data = join(folder, `control-plane-${number}`);
         const controlPlane = closing.use(new TestControlPlane(data, env, programs));
         controlPlanes.push(controlPlane);

@@ -1,4 +1,4 @@
-// TLS of the node listener: TLS 1.3 only, X25519, and a client certificate of the node CA, which the handshake
+// TLS of the node listener and of the replica listener: TLS 1.3 only, X25519, and a client certificate of the node CA, which the handshake
 // itself requires. @grpc/grpc-js takes none of the first two from its public factory, so the credentials are a
 // class of ours; a test sees that TLS 1.2 and a missing or foreign certificate are refused.
 import type { SecureContextOptions } from "node:tls";
@@ -15,14 +15,15 @@ export type ListenerTlsMaterial = {
   readonly clientCaPem: string;
 };
 
-const protocol = { minVersion: "TLSv1.3", maxVersion: "TLSv1.3", ecdhCurve: "X25519" } as const;
+/** Both ends of the link between replicas keep to it, and the node listener's end of the node link. */
+export const tlsProtocol = { minVersion: "TLSv1.3", maxVersion: "TLSv1.3", ecdhCurve: "X25519" } as const;
 
 /** The listener's credentials. Their certificate can be replaced while the listener serves. */
 export class ListenerCredentials extends ServerCredentials {
   constructor(material: ListenerTlsMaterial) {
     super(
       {
-        ...protocol,
+        ...tlsProtocol,
         requestCert: true,
         rejectUnauthorized: true,
         handshakeTimeout: dispatchLimits.handshakeTimeoutMs,
@@ -43,5 +44,5 @@ export class ListenerCredentials extends ServerCredentials {
 
 // The protocol's bounds stand here too: replacing the context of a TLS server forgets those that it had.
 function secureContext(material: ListenerTlsMaterial): SecureContextOptions {
-  return { ...protocol, ca: material.clientCaPem, cert: material.certificateChainPem, key: material.privateKeyPem };
+  return { ...tlsProtocol, ca: material.clientCaPem, cert: material.certificateChainPem, key: material.privateKeyPem };
 }

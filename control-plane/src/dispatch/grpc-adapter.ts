@@ -4,6 +4,7 @@ import { toBinary, type DescMessage, type DescMethod, type DescService, type Mes
 import type {
   handleBidiStreamingCall,
   handleClientStreamingCall,
+  handleServerStreamingCall,
   handleUnaryCall,
   MethodDefinition,
   Server,
@@ -23,9 +24,9 @@ type HandlerOf<M extends DescMethod> = M["methodKind"] extends "unary"
   ? handleUnaryCall<Received<M["input"]>, Encoded<M["output"]>>
   : M["methodKind"] extends "client_streaming"
     ? handleClientStreamingCall<Received<M["input"]>, Encoded<M["output"]>>
-    : M["methodKind"] extends "bidi_streaming"
-      ? handleBidiStreamingCall<Received<M["input"]>, Encoded<M["output"]>>
-      : never;
+    : M["methodKind"] extends "server_streaming"
+      ? handleServerStreamingCall<Received<M["input"]>, Encoded<M["output"]>>
+      : handleBidiStreamingCall<Received<M["input"]>, Encoded<M["output"]>>;
 
 /** A handler for every method of the service. */
 export type GrpcHandlers<S extends DescService> = { readonly [K in keyof S["method"]]: HandlerOf<S["method"][K]> };

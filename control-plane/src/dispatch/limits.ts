@@ -1,4 +1,4 @@
-/** Every bound of the node link, by name. A test may lower one; nothing may lift one. */
+/** Every bound of the node link and of the link between replicas, by name. A test may lower one; nothing may lift one. */
 export const dispatchLimits = {
   /** The largest message that is read. The schema's own rules stay below it. */
   maxMessageBytes: 4 * 1024 * 1024,
@@ -43,6 +43,22 @@ export const dispatchLimits = {
   goodbyeTimeoutMs: 1_000,
   /** How long a caller shall wait before it asks again for a node that is away: the time of a reconnect. */
   nodeUnreachableRetryMs: 2_000,
+  /** Connections of other control planes to this one, and of this one to others: more than there will be of either. */
+  maxReplicaConnections: 256,
+  /** The same of one address: replicas on one machine or behind one NAT, and those that they replaced just now. */
+  maxReplicaConnectionsPerAddress: 64,
+  /** Log streams on a connection from one control plane to another. */
+  maxStreamsPerReplica: 1_000,
+  /** Log streams that this process relays to others. One whose reader does not read holds about 100 KiB. */
+  maxReplicaStreams: 2_000,
+  /** How long a connection to another control plane may take. */
+  replicaConnectTimeoutMs: 5_000,
+  /** How long it may take to say that it asks the node: a look at the database. */
+  replicaAnswerTimeoutMs: 10_000,
+  /** How long a connection to another control plane is kept that nobody uses. */
+  replicaIdleMs: 60_000,
+  /** Between two tries to reach a control plane that could not be reached. */
+  replicaRetryMs: 1_000,
 } as const;
 
 /** The bounds, so that tests can hand in smaller ones. */

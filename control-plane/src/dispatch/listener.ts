@@ -1,7 +1,7 @@
-// The node listener: everything of dispatch put together, in the order in which it starts, and undone in the reverse.
+// The node listener, and the link to other replicas behind it: everything of dispatch put together, in the order in
+// which it starts, and undone in the reverse.
 import { randomUUID } from "node:crypto";
 import type { ServiceImpl } from "@connectrpc/connect";
-import { Server } from "@grpc/grpc-js";
 import { NodeLinkService } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { InstanceService } from "@clodei/proto/gen/clodei/v1/instance_service";
 import type { Registry } from "prom-client";
@@ -15,16 +15,16 @@ import type { Wakeups } from "../platform/wakeups.ts";
 import { type FreshCertificate, keepCertificateFresh } from "../rpc/listener-certificate.ts";
 import type { TrustedProxies } from "../rpc/trusted-proxies.ts";
 import { CertificateGate, type Peer } from "./certificate-gate.ts";
-import { Connections } from "./connections.ts";
 import { Conversation } from "./conversation.ts";
-import { ListenerCredentials, type ListenerTlsMaterial } from "./credentials.ts";
-import { addGrpcService } from "./grpc-adapter.ts";
+import type { ListenerTlsMaterial } from "./credentials.ts";
+import { endpointOf, GrpcListener } from "./grpc-listener.ts";
 import { HeartbeatBatcher } from "./heartbeats.ts";
-import { createMessageCheck } from "./incoming.ts";
 import { dispatchLimits, type DispatchLimits } from "./limits.ts";
 import { LogRelay } from "./log-relay.ts";
 import { createDispatchMetrics, type DispatchMetrics } from "./metrics.ts";
 import { NodeLink } from "./node-link.ts";
+import { type ReplicaLink, type ReplicaLinkConfig, startReplicaLink } from "./replica-link.ts";
+import { ReplicaServer } from "./replica-service.ts";
 import { SessionClaims } from "./session-claims.ts";
 import { SessionKeeper } from "./session-keeper.ts";
 import { LogStreams } from "./stream-logs.ts";
@@ -38,8 +38,11 @@ export type NodeListenerDeps = {
   readonly registry: Registry;
   readonly nodes: NodesService;
   readonly instances: InstancesService;
-  /** Tells nodes' certificates from others, and makes the listener's own. */
-  readonly authority: Pick<Authority, "issued" | "certificatePem" | "issueListenerCertificate">;
+  /** Tells nodes' and replicas' certificates from others, and makes the listeners' own. */
+  readonly authority: Pick<
+    Authority,
+    "issued" | "issuedReplica" | "certificatePem" | "issueListenerCertificate" | "issueReplicaCertificate"
+  >;
   readonly config: NodeListenerConfig;
 };
 
@@ -59,6 +62,8 @@ export type NodeListenerConfig = {
   readonly pollIntervalMs: number;
   /** How long a drain may take before connections are cut. */
   readonly drainMs: number;
+  /** Where other replicas ask for output of this process's nodes. Absent: they cannot. */
+  readonly replicas?: ReplicaLinkConfig | undefined;
   /** Smaller bounds, for tests. */
   readonly limits?: Partial<DispatchLimits>;
 };
@@ -68,18 +73,18 @@ export type NodeListener = {
   /** "host:port", as nodes are told it. */
   readonly endpoint: string;
   readonly port: number;
+  /** "host:port", as other replicas are told it, where they may ask. */
+  readonly replicaEndpoint: string | undefined;
   /** The method that dispatch serves on the public listener. */
   readonly handlers: Pick<ServiceImpl<typeof InstanceService>, "streamLogs">;
   /** How many sessions this process holds. */
   sessionCount(): number;
-  /** Replaces the listener's certificate; connections that stand go on. Happens by itself at half-life. */
+  /** Replaces the certificates of both links; connections that stand go on. Happens by itself at half-life. */
   renewCertificate(): Promise<void>;
   /** Sends every agent elsewhere, ends log streams, and closes. */
   close(): Promise<void>;
 };
 
-/** Agents have their session on their connection. One that has nothing on it for so long is nobody's. */
-const idleConnectionMs = 60_000;
 /** Agents come back to other processes spread over this time. */
 const reconnectWithinMs = 5_000;
 const leaseCheckMs = 1_000;
@@ -88,72 +93,47 @@ const sharedGpusCheckMs = 5_000;
 
 /** Starts the node listener. */
 export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeListener> {
-  const parts = assemble(deps);
   const { config, log } = deps;
+  // What was started goes again where a later part cannot start: a process that cannot serve must end.
+  await using stack = new AsyncDisposableStack();
+  const parts = assemble(deps);
+  stack.use(parts.heartbeats);
+  stack.use(parts.keeper);
+  const replicas = await startReplicas(deps, parts);
+  stack.defer(() => replicas.close(0));
+  const logs = createLogStreams(deps, parts, replicas);
   const obtain = (): Promise<FreshCertificate> =>
     deps.authority.issueListenerCertificate(config.publicNames, deps.clock());
   const first = await obtain();
-  const credentials = new ListenerCredentials(materialOf(first, deps));
-  const use = (next: FreshCertificate): void => credentials.renew(materialOf(next, deps));
-  const server = createServer(parts.limits);
-  addGrpcService(
-    server,
-    NodeLinkService,
-    parts.link.handlers((call) => peerOf(call, deps.authority)),
-    createMessageCheck(NodeLinkService.methods.map(({ input }) => input)),
-  );
-  const injector = server.createConnectionInjector(credentials);
-  const connections = new Connections({
-    injector,
-    maxConnections: parts.limits.maxConnections,
-    maxConnectionsPerAddress: config.maxConnectionsPerAddress,
-    proxyProtocol:
-      config.proxyProtocolFrom === undefined
-        ? "off"
-        : { from: config.proxyProtocolFrom, timeoutMs: parts.limits.proxyHeaderTimeoutMs },
-    onRefused(why) {
-      if (why === "too_many") parts.metrics.connectionsRefused.inc();
-      else parts.metrics.proxyConnectionsRefused.inc({ why });
-    },
-  });
-  parts.setCut((address) => connections.cut(address));
-  const port = await connections.listen(config.host, config.port).catch(async (error: unknown) => {
-    // Else what was assembled would keep the process that cannot serve alive.
-    injector.destroy();
-    await parts.keeper[Symbol.asyncDispose]();
-    await parts.heartbeats[Symbol.asyncDispose]();
-    server.forceShutdown();
-    throw error;
-  });
-  const reconcilers = startReconcilers(deps);
+  const listener = await listen(deps, parts, first);
+  const use = (next: FreshCertificate): void => listener.renew(materialOf(next, deps));
+  stack.use(startReconcilers(deps));
   const certificates = keepCertificateFresh({ listener: "node", first, obtain, use, log });
-  const endpoint = `${bracketed(config.publicNames[0] ?? config.host)}:${port}`;
+  const endpoint = endpointOf(config.publicNames[0] ?? config.host, listener.port);
   log.info({ endpoint }, "the node listener serves");
 
+  const rest = stack.move();
   const close = async (): Promise<void> => {
     await certificates[Symbol.asyncDispose]();
-    const stopped = connections.stopAccepting();
-    parts.draining.abort();
-    parts.link.drain();
-    // GOAWAY on every connection; what has not ended in time is cut.
-    injector.drain(config.drainMs);
-    const cut = setTimeout(() => connections.cutAll(), config.drainMs);
-    await parts.link.idle();
-    injector.destroy();
-    await stopped;
-    clearTimeout(cut);
-    await reconcilers[Symbol.asyncDispose]();
-    await parts.keeper[Symbol.asyncDispose]();
-    await parts.heartbeats[Symbol.asyncDispose]();
-    server.forceShutdown();
+    const endCalls = (): Promise<void> => {
+      parts.draining.abort();
+      parts.link.drain();
+      return parts.link.idle();
+    };
+    await Promise.all([listener.close(config.drainMs, endCalls), replicas.close(config.drainMs)]);
+    await rest.disposeAsync();
   };
   let closing: Promise<void> | undefined;
   return {
     endpoint,
-    port,
-    handlers: { streamLogs: (request, context) => parts.logs.streamLogs(request, context) },
+    port: listener.port,
+    replicaEndpoint: replicas.endpoint,
+    handlers: { streamLogs: (request, context) => logs.streamLogs(request, context) },
     sessionCount: () => parts.keeper.sessions().length,
-    renewCertificate: async () => use(await obtain()),
+    renewCertificate: async () => {
+      use(await obtain());
+      await replicas.renewCertificate();
+    },
     close: () => (closing ??= close()),
   };
 }
@@ -188,14 +168,16 @@ function startReconcilers({ database, nodes, wakeups, log }: NodeListenerDeps): 
 }
 
 type Parts = {
+  readonly replicaId: string;
   readonly limits: DispatchLimits;
   readonly metrics: DispatchMetrics;
   readonly keeper: SessionKeeper;
   readonly heartbeats: HeartbeatBatcher;
+  readonly relay: LogRelay;
   readonly link: NodeLink;
-  readonly logs: LogStreams;
   readonly draining: AbortController;
   readonly setCut: (cut: (address: string) => void) => void;
+  readonly setReplicaEndpoint: (endpoint: string | undefined) => void;
 };
 
 function assemble(deps: NodeListenerDeps): Parts {
@@ -218,7 +200,18 @@ function assemble(deps: NodeListenerDeps): Parts {
     pollIntervalMs,
     leaseMs,
   });
-  const claims = new SessionClaims({ database, wakeups, clock, limits, leaseMs, replicaId, nodes, instances });
+  let replicaEndpoint: string | undefined;
+  const claims = new SessionClaims({
+    database,
+    wakeups,
+    clock,
+    limits,
+    leaseMs,
+    replicaId,
+    replicaEndpoint: () => replicaEndpoint,
+    nodes,
+    instances,
+  });
   const heartbeats = new HeartbeatBatcher({ database, nodes, clock, log, batchMs: limits.heartbeatBatchMs });
   const relay = new LogRelay({ gate, limits, metrics });
   let cut: (address: string) => void = () => undefined;
@@ -252,34 +245,83 @@ function assemble(deps: NodeListenerDeps): Parts {
     draining: draining.signal,
     cutConnection: (address) => cut(address),
   });
-  const logs = new LogStreams({
-    database,
-    instances,
-    wakeups,
-    keeper,
-    relay,
-    limits,
-    pollIntervalMs,
-    replicaId,
-    draining: draining.signal,
-  });
   const setCut = (next: (address: string) => void): void => {
     cut = next;
   };
-  return { limits, metrics, keeper, heartbeats, link, logs, draining, setCut };
+  const setReplicaEndpoint = (endpoint: string | undefined): void => {
+    replicaEndpoint = endpoint;
+  };
+  return { replicaId, limits, metrics, keeper, heartbeats, relay, link, draining, setCut, setReplicaEndpoint };
 }
 
-function createServer(limits: DispatchLimits): Server {
-  return new Server({
-    "grpc.max_receive_message_length": limits.maxMessageBytes,
-    // A whole desired set may pass 4 MiB; what an agent cannot take, it refuses itself.
-    "grpc.max_send_message_length": -1,
-    "grpc.max_concurrent_streams": limits.maxStreamsPerConnection,
-    // No pings: a session that is not heard ends with its lease, and pinging thousands of agents costs CPU.
-    "grpc.max_connection_idle_ms": idleConnectionMs,
-    // Its bookkeeping costs memory for every connection, and nothing reads it.
-    "grpc.enable_channelz": 0,
+/** Before nodes come: a session is written down with the endpoint of who holds it. */
+async function startReplicas(deps: NodeListenerDeps, parts: Parts): Promise<ReplicaLink> {
+  const { database, instances, clock, log, authority, config } = deps;
+  const { replicaId, limits, metrics, keeper, relay, draining } = parts;
+  const server = new ReplicaServer({
+    database,
+    instances,
+    clock,
+    log,
+    limits,
+    metrics,
+    keeper,
+    relay,
+    draining: draining.signal,
   });
+  const link = await startReplicaLink({
+    replicaId,
+    authority,
+    clock,
+    log,
+    limits,
+    metrics,
+    server,
+    config: config.replicas,
+  });
+  parts.setReplicaEndpoint(link.endpoint);
+  return link;
+}
+
+function createLogStreams(deps: NodeListenerDeps, parts: Parts, replicas: ReplicaLink): LogStreams {
+  const { database, instances, wakeups, log, config } = deps;
+  const { keeper, relay, limits, replicaId, draining } = parts;
+  return new LogStreams({
+    database,
+    instances,
+    wakeups,
+    log,
+    keeper,
+    relay,
+    replicas: replicas.client,
+    limits,
+    pollIntervalMs: config.pollIntervalMs,
+    replicaId,
+    draining: draining.signal,
+  });
+}
+
+async function listen(deps: NodeListenerDeps, parts: Parts, first: FreshCertificate): Promise<GrpcListener> {
+  const { config, authority } = deps;
+  const { limits, metrics, link } = parts;
+  const { maxConnectionsPerAddress, proxyProtocolFrom } = config;
+  const listener = await GrpcListener.start(config, {
+    service: NodeLinkService,
+    handlers: link.handlers((call) => peerOf(call, authority)),
+    tls: materialOf(first, deps),
+    maxMessageBytes: limits.maxMessageBytes,
+    maxStreamsPerConnection: limits.maxStreamsPerConnection,
+    maxConnections: limits.maxConnections,
+    maxConnectionsPerAddress,
+    proxyProtocol:
+      proxyProtocolFrom === undefined ? "off" : { from: proxyProtocolFrom, timeoutMs: limits.proxyHeaderTimeoutMs },
+    onRefused(why) {
+      if (why === "too_many") metrics.connectionsRefused.inc();
+      else metrics.proxyConnectionsRefused.inc({ why });
+    },
+  });
+  parts.setCut((address) => listener.cut(address));
+  return listener;
 }
 
 function materialOf(certificate: FreshCertificate, deps: NodeListenerDeps): ListenerTlsMaterial {
@@ -303,8 +345,4 @@ function peerOf(
     certificateExpireTime: certificate.notAfter,
     address: call.getPeer(),
   };
-}
-
-function bracketed(host: string): string {
-  return host.includes(":") ? `[${host}]` : host;
 }

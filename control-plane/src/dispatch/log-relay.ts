@@ -236,7 +236,8 @@ export class LogRelay {
   }
 }
 
-function tooManyStreams(retryAfterMs: number): DomainError {
+/** What a reader is told where there are as many streams as there may be. */
+export function tooManyStreams(retryAfterMs: number): DomainError {
   return new DomainError(ErrorReason.RATE_LIMITED, "too many log streams of this node are open: close one first", {
     retryAfterMs,
   });

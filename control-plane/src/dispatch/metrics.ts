@@ -1,4 +1,4 @@
-// What an operator watches about the node link. Labels are few and fixed: never a node, an instance or a customer.
+// What an operator watches about the node link and the link between replicas. Labels are few and fixed: never a node, an instance or a customer.
 import { Counter, Gauge, type Registry } from "prom-client";
 
 /** The metrics of dispatch. */
@@ -13,6 +13,12 @@ export type DispatchMetrics = {
   readonly proxyConnectionsRefused: Counter<"why">;
   readonly logStreams: Gauge;
   readonly logBytes: Counter;
+  /** "serves": for another process; "asks": of another process. */
+  readonly replicaStreams: Gauge<"side">;
+  readonly replicaLogBytes: Counter;
+  readonly replicaConnections: Gauge;
+  readonly replicaConnectionsFailed: Counter;
+  readonly replicaConnectionsRefused: Counter;
 };
 
 /** Registers the metrics. Once a registry. */
@@ -66,5 +72,31 @@ export function createDispatchMetrics(registry: Registry): DispatchMetrics {
     }),
     logStreams: new Gauge({ name: "clodei_log_streams", help: "Log streams that this process relays.", registers }),
     logBytes: new Counter({ name: "clodei_log_bytes_total", help: "Bytes of output that were relayed.", registers }),
+    replicaStreams: new Gauge({
+      name: "clodei_replica_log_streams",
+      help: "Log streams between this process and other control planes, by what it does: it serves them, or asks for them.",
+      labelNames: ["side"],
+      registers,
+    }),
+    replicaLogBytes: new Counter({
+      name: "clodei_replica_log_bytes_total",
+      help: "Bytes of output that other control planes relayed to this process.",
+      registers,
+    }),
+    replicaConnections: new Gauge({
+      name: "clodei_replica_connections",
+      help: "Connections of this process to other control planes, open or opening.",
+      registers,
+    }),
+    replicaConnectionsFailed: new Counter({
+      name: "clodei_replica_connections_failed_total",
+      help: "Connections to other control planes that could not be opened. Look at the log.",
+      registers,
+    }),
+    replicaConnectionsRefused: new Counter({
+      name: "clodei_replica_connections_refused_total",
+      help: "Connections of the replica listener that were cut because their address had too many.",
+      registers,
+    }),
   };
 }

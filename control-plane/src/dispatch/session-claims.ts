@@ -66,6 +66,8 @@ export type SessionClaimsOptions = {
   readonly leaseMs: number;
   /** Names this process. */
   readonly replicaId: string;
+  /** Where other replicas reach it, once it listens for them. */
+  readonly replicaEndpoint: () => string | undefined;
   readonly nodes: NodesService;
   readonly instances: InstancesService;
 };
@@ -132,6 +134,7 @@ export class SessionClaims {
       nodeId,
       sessionId,
       replicaId: this.#options.replicaId,
+      replicaEndpoint: this.#options.replicaEndpoint(),
       secretHash: sha256(secret),
       previousSecretHash: shown,
       time: now,

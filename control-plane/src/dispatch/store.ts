@@ -7,6 +7,8 @@ import type { SessionRecord } from "./model.ts";
 export type SessionRow = SessionRecord & {
   readonly nodeId: NodeId;
   readonly replicaId: string;
+  /** "host:port" by which other replicas reach that process, where they may ask it. */
+  readonly replicaEndpoint: string | undefined;
   readonly probe: ProbeRow | undefined;
   /** The boot whose containers were compared with the instances last. */
   readonly reconciledBootId: string | undefined;
@@ -20,6 +22,7 @@ export type NewSession = {
   readonly nodeId: NodeId;
   readonly sessionId: string;
   readonly replicaId: string;
+  readonly replicaEndpoint: string | undefined;
   readonly secretHash: Buffer;
   readonly previousSecretHash: Buffer;
   readonly time: Date;
@@ -29,6 +32,7 @@ type RawSession = {
   readonly node_id: NodeId;
   readonly session_id: string;
   readonly replica_id: string;
+  readonly replica_endpoint: string | null;
   readonly secret_hash: Buffer;
   readonly previous_secret_hash: Buffer | null;
   readonly heartbeat_time: Date;
@@ -39,7 +43,7 @@ type RawSession = {
   readonly reconciled_boot_id: string | null;
 };
 
-const sessionColumns = `node_id, session_id, replica_id, secret_hash, previous_secret_hash, heartbeat_time, end_time,
+const sessionColumns = `node_id, session_id, replica_id, replica_endpoint, secret_hash, previous_secret_hash, heartbeat_time, end_time,
   probe_nonce, probe_time, probe_reply_time, reconciled_boot_id`;
 
 function toSession(row: RawSession): SessionRow {
@@ -47,6 +51,7 @@ function toSession(row: RawSession): SessionRow {
     nodeId: row.node_id,
     sessionId: row.session_id,
     replicaId: row.replica_id,
+    replicaEndpoint: row.replica_endpoint ?? undefined,
     secretHash: row.secret_hash,
     previousSecretHash: row.previous_secret_hash ?? undefined,
     heartbeatTime: row.heartbeat_time,
@@ -98,10 +103,11 @@ export async function readUnsettledSessions(
 export async function replaceSession(tx: SystemTx, session: NewSession): Promise<void> {
   await tx.execute(
     `insert into node_sessions
-       (node_id, session_id, replica_id, secret_hash, previous_secret_hash, begin_time, heartbeat_time)
-     values ($1, $2, $3, $4, $5, $6, $6)
+       (node_id, session_id, replica_id, replica_endpoint, secret_hash, previous_secret_hash, begin_time, heartbeat_time)
+     values ($1, $2, $3, $4, $5, $6, $7, $7)
      on conflict (node_id) do update set
-       session_id = excluded.session_id, replica_id = excluded.replica_id, secret_hash = excluded.secret_hash,
+       session_id = excluded.session_id, replica_id = excluded.replica_id,
+       replica_endpoint = excluded.replica_endpoint, secret_hash = excluded.secret_hash,
        previous_secret_hash = excluded.previous_secret_hash, begin_time = excluded.begin_time,
        heartbeat_time = excluded.heartbeat_time, end_time = null, probe_nonce = null, probe_time = null,
        probe_reply_time = null`,
@@ -109,6 +115,7 @@ export async function replaceSession(tx: SystemTx, session: NewSession): Promise
       session.nodeId,
       session.sessionId,
       session.replicaId,
+      session.replicaEndpoint ?? null,
       session.secretHash,
       session.previousSecretHash,
       session.time,

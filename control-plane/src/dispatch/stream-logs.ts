@@ -1,19 +1,21 @@
-// StreamLogs: the output of an attempt, handed from its node to a customer. It owns what a customer sees when
-// things move underneath: an instance that is not placed yet, a link that breaks and comes back, a node that is away.
+// StreamLogs: the output of an attempt, handed from its node to a customer, whichever replica the node's session is at.
+// It owns what a customer sees when things move underneath: an instance that is not placed yet, a link that breaks and
+// comes back, a node that is away or goes to another replica.
 import type { MessageInitShape } from "@bufbuild/protobuf";
 import type { HandlerContext } from "@connectrpc/connect";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import type { StreamLogsRequest, StreamLogsResponseSchema } from "@clodei/proto/gen/clodei/v1/instance_service";
-import { parseId, type InstanceId, type OrganizationId } from "@clodei/proto/ids";
+import { parseId, type InstanceId, type NodeId, type OrganizationId } from "@clodei/proto/ids";
 import type { InstancesService, LogTarget } from "../instances/service.ts";
 import type { Database } from "../platform/database.ts";
 import { DomainError } from "../platform/errors.ts";
+import type { Log } from "../platform/log.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
 import { customerOf } from "../rpc/context.ts";
 import type { DispatchLimits } from "./limits.ts";
-import { LogLinkBroken, LogsNotHeld, type LogPiece, type LogRelay } from "./log-relay.ts";
+import { LogLinkBroken, LogsNotHeld, type LogPiece, type LogRelay, type LogsQuery } from "./log-relay.ts";
 import { LogCursor } from "./model.ts";
-import type { NodeSession } from "./node-session.ts";
+import type { ReplicaClient } from "./replica-client.ts";
 import type { SessionKeeper } from "./session-keeper.ts";
 import { readSessions } from "./store.ts";
 
@@ -22,8 +24,11 @@ export type StreamLogsOptions = {
   readonly database: Database;
   readonly instances: InstancesService;
   readonly wakeups: Wakeups;
+  readonly log: Log;
   readonly keeper: SessionKeeper;
   readonly relay: LogRelay;
+  /** Asks the replicas that hold the other nodes' sessions. */
+  readonly replicas: ReplicaClient;
   readonly limits: DispatchLimits;
   readonly pollIntervalMs: number;
   /** Names this process. */
@@ -43,10 +48,20 @@ type Reader = {
   readonly signal: AbortSignal;
 };
 
+/** Where a node's output comes from now. */
+type Source = {
+  /** Names the node's session: with another one the output comes from elsewhere, or again. */
+  readonly sessionId: string;
+  readonly read: (query: LogsQuery) => AsyncIterable<LogPiece>;
+  /** How long to wait after a break, where no hint comes. */
+  readonly retryMs: number;
+};
+
 /** Serves StreamLogs. */
 export class LogStreams {
   readonly #options: StreamLogsOptions;
   readonly #perCaller = new Map<string, number>();
+  #toldUnconfiguredAtMs = Number.NEGATIVE_INFINITY;
 
   constructor(options: StreamLogsOptions) {
     this.#options = options;
@@ -100,13 +115,13 @@ export class LogStreams {
         await changed;
         continue;
       }
-      const session = this.#options.keeper.sessionOf(place.nodeId);
-      if (session === undefined) {
-        await this.#absent(place.nodeId, follow);
-        await this.#options.keeper.arrival(this.#options.pollIntervalMs, reader.signal);
+      const source = await this.#source(reader, place.nodeId);
+      if (source === undefined) {
+        if (!follow) throw this.#unreachable();
+        await this.#arrival(place.nodeId, reader.signal);
         continue;
       }
-      const outcome = yield* this.#relay(reader, session, attempt);
+      const outcome = yield* this.#relay(reader, source, attempt);
       if (outcome === "done") return;
       if (outcome === "not held") {
         const answer = answerNotHeld(target, attempt);
@@ -115,34 +130,32 @@ export class LogStreams {
         await changed;
         continue;
       }
+      // Whoever does not follow goes after a session that moved, and does not wait for one that is gone.
+      if (!follow && (await this.#source(reader, place.nodeId))?.sessionId === source.sessionId)
+        throw this.#unreachable();
       // The link broke while following: not at once again, so that a node that refuses does not spin us.
-      await this.#options.wakeups.wait([], retryPauseMs, reader.signal);
+      if (follow) await this.#options.wakeups.wait([`node:${place.nodeId}`], source.retryMs, reader.signal);
     }
   }
 
-  /** Relays until the end, or until the link breaks where the reader follows. */
+  /** Relays until the end, or until the link breaks. */
   async *#relay(
     reader: Reader,
-    session: NodeSession,
+    source: Source,
     attempt: number,
   ): AsyncGenerator<Response, "done" | "broken" | "not held"> {
     const { request, cursor } = reader;
     const positions = cursor.positions();
     cursor.again();
     try {
-      const pieces = this.#options.relay.read(
-        session,
-        reader.organizationId,
-        {
-          attempt: { instanceId: reader.instanceId, attempt },
-          follow: request.follow,
-          positions,
-          // Positions take the place of the two.
-          ...(positions.length > 0 || request.tailLines === undefined ? {} : { tailLines: request.tailLines }),
-          ...(positions.length > 0 || request.sinceTime === undefined ? {} : { sinceTime: request.sinceTime }),
-        },
-        reader.signal,
-      );
+      const pieces = source.read({
+        attempt: { instanceId: reader.instanceId, attempt },
+        follow: request.follow,
+        positions,
+        // Positions take the place of the two.
+        ...(positions.length > 0 || request.tailLines === undefined ? {} : { tailLines: request.tailLines }),
+        ...(positions.length > 0 || request.sinceTime === undefined ? {} : { sinceTime: request.sinceTime }),
+      });
       for await (const piece of pieces) {
         if (piece.case === "end") {
           if (piece.value.attemptEnded) yield { event: { case: "end", value: { attempt } } };
@@ -156,10 +169,45 @@ export class LogStreams {
     } catch (error) {
       reader.signal.throwIfAborted();
       if (error instanceof LogsNotHeld) return "not held";
-      if (!(error instanceof LogLinkBroken)) throw error;
-      if (!request.follow) throw this.#unreachable();
-      return "broken";
+      if (error instanceof LogLinkBroken) return "broken";
+      throw error;
     }
+  }
+
+  /** Finds the node's session, here or at another replica. Undefined: nobody holds it. */
+  async #source({ organizationId, signal }: Reader, nodeId: NodeId): Promise<Source | undefined> {
+    const { keeper, relay, replicas, database, pollIntervalMs } = this.#options;
+    const session = keeper.sessionOf(nodeId);
+    if (session !== undefined) {
+      const read = (query: LogsQuery) => relay.read(session, organizationId, query, signal);
+      return { sessionId: session.id, read, retryMs: retryPauseMs };
+    }
+    const [standing] = await database.system((tx) => readSessions(tx, [nodeId]));
+    if (standing === undefined || standing.endTime !== undefined || standing.replicaId === this.#options.replicaId) {
+      return undefined;
+    }
+    const { sessionId, replicaId, replicaEndpoint: endpoint } = standing;
+    if (endpoint === undefined) {
+      this.#tellUnconfigured();
+      // Not to wait for: it is there, and nobody reaches it from here. A retry may come to the replica that holds it.
+      throw this.#unreachable();
+    }
+    const read = (query: LogsQuery) =>
+      replicas.readLogs({ replicaId, endpoint }, nodeId, organizationId, query, signal);
+    // Where that replica died, the hint comes with the node's next session.
+    return { sessionId, read, retryMs: pollIntervalMs };
+  }
+
+  /** Resolves when the node may have a session: here, by a hint elsewhere, or after the time. Never rejects. */
+  async #arrival(nodeId: NodeId, signal: AbortSignal): Promise<void> {
+    const { keeper, wakeups, pollIntervalMs } = this.#options;
+    const arrived = new AbortController();
+    const until = AbortSignal.any([signal, arrived.signal]);
+    await Promise.race([
+      keeper.arrival(pollIntervalMs, until),
+      wakeups.wait([`node:${nodeId}`], pollIntervalMs, until),
+    ]);
+    arrived.abort();
   }
 
   async #target(reader: Reader): Promise<LogTarget> {
@@ -174,13 +222,15 @@ export class LogStreams {
     return target;
   }
 
-  /** The node has no session here. Whoever follows waits for it, unless another process has it. */
-  async #absent(nodeId: Parameters<SessionKeeper["sessionOf"]>[0], follow: boolean): Promise<void> {
-    if (!follow) throw this.#unreachable();
-    const [standing] = await this.#options.database.system((tx) => readSessions(tx, [nodeId]));
-    const elsewhere =
-      standing !== undefined && standing.endTime === undefined && standing.replicaId !== this.#options.replicaId;
-    if (elsewhere) throw this.#unreachable();
+  /** For the operator, now and then: customers see that the node cannot be reached, and cannot mend it. */
+  #tellUnconfigured(): void {
+    const nowMs = performance.now();
+    if (nowMs - this.#toldUnconfiguredAtMs < tellAgainMs) return;
+    this.#toldUnconfiguredAtMs = nowMs;
+    this.#options.log.warn(
+      "output was asked for of a node whose session another control plane holds, which others cannot ask for it: " +
+        "set CLODEI_REPLICA_HOST on every control plane of this database",
+    );
   }
 
   #unreachable(): DomainError {
@@ -214,6 +264,8 @@ export class LogStreams {
 
 /** Between a link that broke and the next try on a session that stands. */
 const retryPauseMs = 200;
+/** How often a log says again what nobody mended. */
+const tellAgainMs = 10 * 60_000;
 
 /** Where an attempt is: on a node, not placed yet, or over without ever having been placed. */
 function placeOf(

@@ -113,6 +113,7 @@ export class TestFleet implements AsyncDisposable {
         port: 0,
         maxConnectionsPerAddress: 256,
         publicNames: ["localhost", "127.0.0.1"],
+        replicas: { host: "127.0.0.1", port: 0, endpoint: "" },
         heartbeatIntervalMs: 1_000,
         leaseMs,
         pollIntervalMs: 500,

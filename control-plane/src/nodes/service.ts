@@ -24,6 +24,7 @@ import * as store from "./store.ts";
 export type { CertificateCheck, FleetNode, NodeState } from "./model.ts";
 export type { NodeStanding } from "./store.ts";
 export type { Authority } from "./authority.ts";
+export type { ReplicaCertificate } from "./certificates.ts";
 export type { Identity } from "./enrollment.ts";
 
 /** What an agent says of itself when it opens a session. */

@@ -17,7 +17,7 @@ const retryMs = 60_000;
 /** Renews a certificate at its time, and hands the new one on, until disposed of. */
 export function keepCertificateFresh(options: {
   /** For the log: whose certificate it is. */
-  readonly listener: "public" | "node";
+  readonly listener: "public" | "node" | "replica";
   readonly first: FreshCertificate;
   readonly obtain: () => Promise<FreshCertificate>;
   readonly use: (certificate: FreshCertificate) => void;
