@@ -32,7 +32,7 @@ type Messages = {
 type ValueOf<C extends Case> = Messages[C];
 
 /** How long a test waits for what must come. */
-const patienceMs = 8_000;
+const patienceMs = 30_000;
 
 /** What is sent, one after the other, until it ends. */
 class Outbox<T> implements AsyncIterable<T> {

@@ -1,17 +1,15 @@
 import assert from "node:assert/strict";
 import { after, before, beforeEach, test } from "node:test";
-import { setTimeout as sleep } from "node:timers/promises";
-import type { MessageInitShape } from "@bufbuild/protobuf";
 import { ConnectError } from "@connectrpc/connect";
 import { AttemptPhase, LogsRefusedReason, type OpenLogs } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { InstanceReason } from "@clodei/proto/gen/clodei/v1/instance";
-import { LogStream, type StreamLogsResponseSchema } from "@clodei/proto/gen/clodei/v1/instance_service";
+import { LogStream } from "@clodei/proto/gen/clodei/v1/instance_service";
 import { newId, type InstanceId, type OrganizationId } from "@clodei/proto/ids";
 import { DomainError } from "../platform/errors.ts";
-import { reasonName } from "../rpc/errors.ts";
-import { createNodeClient, eventually, ScriptedAgent, type LogUpload } from "./scripted-agent.ts";
+import { createNodeClient, eventually, ScriptedAgent } from "./scripted-agent.ts";
 import { TestFleet, type NodeIdentity, type Replica } from "./test-fleet.ts";
+import { assertReason, collect, type Piece, sendText } from "./test-log-reader.ts";
 
 let fleet: TestFleet;
 let replica: Replica;
@@ -56,40 +54,6 @@ function report(sequence: bigint, phase: AttemptPhase): void {
     case: "statusReport",
     value: { sequence, statuses: [{ sequence, instanceId, attempt: 1, phase, reason }] },
   });
-}
-
-type Piece = MessageInitShape<typeof StreamLogsResponseSchema>;
-
-/** How long a stream may take to end. */
-const patienceMs = 15_000;
-
-/** Reads a stream to its end, in the background. */
-function collect(stream: AsyncIterable<Piece>): { pieces: Piece[]; text(): string; done: Promise<unknown> } {
-  const pieces: Piece[] = [];
-  const read = async (): Promise<unknown> => {
-    try {
-      for await (const piece of stream) pieces.push(piece);
-      return "ended";
-    } catch (error) {
-      return error;
-    }
-  };
-  const text = (): string =>
-    pieces
-      .flatMap(({ event }) => (event?.case === "chunk" ? [Buffer.from(event.value.data ?? []).toString()] : []))
-      .join("");
-  const late = sleep(patienceMs, new Error("the stream did not end"), { ref: false });
-  return { pieces, text, done: Promise.race([read(), late]) };
-}
-
-function sendText(upload: LogUpload, offset: number, text: string, stream: LogStream = LogStream.STDOUT): void {
-  upload.send({ case: "chunk", value: { attempt: 1, stream, offset: BigInt(offset), data: Buffer.from(text) } });
-}
-
-function assertReason(error: unknown, reason: ErrorReason): DomainError {
-  assert.ok(error instanceof DomainError, String(error));
-  assert.equal(reasonName(error.reason), reasonName(reason));
-  return error;
 }
 
 function lastCase(pieces: readonly Piece[]): string | undefined {

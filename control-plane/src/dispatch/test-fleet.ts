@@ -21,6 +21,7 @@ import { revokeNode } from "../nodes/operations.ts";
 import { NodesService } from "../nodes/service.ts";
 import { PlacementService } from "../placement/service.ts";
 import { Database } from "../platform/database.ts";
+import type { Log } from "../platform/log.ts";
 import { startTestDatabase, type TestDatabase } from "../platform/test-database.ts";
 import { Wakeups } from "../platform/wakeups.ts";
 import { createRequestValues } from "../rpc/context.ts";
@@ -79,8 +80,8 @@ export class TestFleet implements AsyncDisposable {
   clock = (): Date => new Date(Date.now() + this.clockOffsetMs);
 
   /** Starts a replica: a node listener, and the scheduler behind it. */
-  async startReplica(config: Partial<NodeListenerConfig> = {}): Promise<Replica> {
-    const { log, server } = this.db;
+  async startReplica(config: Partial<NodeListenerConfig> = {}, log: Log = this.db.log): Promise<Replica> {
+    const { server } = this.db;
     const registry = new Registry();
     // Every replica has connections and hints of its own, as another process has.
     const database = this.#resources.use(new Database({ app: server.app, system: server.system, log }));
