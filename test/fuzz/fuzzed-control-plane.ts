@@ -13,10 +13,11 @@ import { createClient, type ClodeiClient } from "@clodei/sdk";
 import { createClient as createRpcClient } from "@connectrpc/connect";
 import { createGrpcTransport } from "@connectrpc/connect-node";
 import { EnrollmentService } from "@clodei/proto/gen/clodei/v1/enrollment_service";
-import { X509Certificate } from "node:crypto";
+import { randomUUID, X509Certificate } from "node:crypto";
 import { loadConfig } from "../../control-plane/src/config.ts";
 import { createNodeClient, ScriptedAgent } from "../../control-plane/src/dispatch/scripted-agent.ts";
 import { createCertificateRequest, type NodeIdentity } from "../../control-plane/src/dispatch/test-fleet.ts";
+import { openAuthority } from "../../control-plane/src/nodes/authority-store.ts";
 import { createLog } from "../../control-plane/src/platform/log.ts";
 import { type RunningControlPlane, startControlPlane } from "../../control-plane/src/start.ts";
 import { madrid } from "../harness/system.ts";
@@ -32,12 +33,14 @@ const patienceMs = 60_000;
 
 /** The control plane under attack. */
 export class FuzzedControlPlane implements AsyncDisposable {
+  readonly folder: string;
   readonly running: RunningControlPlane;
   /** Lines of the log that say that something failed. */
   readonly failures: string[];
   readonly #closing: AsyncDisposableStack;
 
-  private constructor(running: RunningControlPlane, failures: string[], closing: AsyncDisposableStack) {
+  private constructor(folder: string, running: RunningControlPlane, failures: string[], closing: AsyncDisposableStack) {
+    this.folder = folder;
     this.running = running;
     this.failures = failures;
     this.#closing = closing;
@@ -61,6 +64,8 @@ export class FuzzedControlPlane implements AsyncDisposable {
         "--public-port": "0",
         "--node-port": "0",
         "--operations-port": "0",
+        "--replica-host": "127.0.0.1",
+        "--replica-port": "0",
         "--address-rate": noRate,
         "--caller-rate": noRate,
         ...flags,
@@ -68,7 +73,7 @@ export class FuzzedControlPlane implements AsyncDisposable {
     });
     const running = await startControlPlane(config, { log });
     stack.defer(() => running.close());
-    return new FuzzedControlPlane(running, failures, stack.move());
+    return new FuzzedControlPlane(folder, running, failures, stack.move());
   }
 
   async createOrganization(name: string): Promise<FuzzCaller> {
@@ -102,6 +107,19 @@ export class FuzzedControlPlane implements AsyncDisposable {
   attackAs({ certificatePem, privateKeyPem }: NodeIdentity): RawClient {
     const tls = { ca: this.running.caPem, cert: certificatePem, key: privateKeyPem };
     return this.#closing.use(new RawClient(`https://localhost:${this.#nodePort}`, tls));
+  }
+
+  /** The same with another replica's certificate, or a node's, for the replica listener. */
+  async attackReplicaListener(node?: NodeIdentity): Promise<RawClient> {
+    const { caPem: ca, replicaEndpoint } = this.running;
+    const source = { folder: join(this.folder, "ca"), trustDomain: "clodei.com" };
+    const now = new Date();
+    const other = await (await openAuthority(source, now)).issueReplicaCertificate(randomUUID(), now);
+    const cert = node?.certificatePem ?? other.certificateChainPem;
+    const key = node?.privateKeyPem ?? other.privateKeyPem;
+    // It has no host's name.
+    const tls = { ca, cert, key, checkServerIdentity: () => undefined };
+    return this.#closing.use(new RawClient(`https://${replicaEndpoint}`, tls));
   }
 
   get #nodePort(): number {

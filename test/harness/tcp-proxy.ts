@@ -11,12 +11,14 @@ export class TcpProxy implements AsyncDisposable {
   readonly #server: Server;
   readonly #sockets = new Set<Socket>();
   #silent = false;
+  #only: number | undefined;
   /** Connections that were made through it. */
   connections = 0;
 
   private constructor(targets: readonly Target[]) {
     this.#server = createServer((client) => {
-      const target = targets[this.connections++ % targets.length] ?? assert.fail("a proxy has a target");
+      const turn = this.connections++ % targets.length;
+      const target = targets[this.#only ?? turn] ?? assert.fail("a proxy has a target");
       const server = new Socket();
       for (const [from, to] of [
         [client, server],
@@ -54,6 +56,11 @@ export class TcpProxy implements AsyncDisposable {
     const address = this.#server.address();
     if (address === null || typeof address === "string") throw new Error("the proxy does not listen");
     return `localhost:${address.port}`;
+  }
+
+  /** From now on new connections go to this target alone, of those that were given. */
+  leadTo(index: number): void {
+    this.#only = index;
   }
 
   /** Breaks every connection that is open. New ones go through. */

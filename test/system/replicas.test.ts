@@ -1,5 +1,6 @@
 // Two control planes on one database, which tell each other nothing: what one of them was asked for, an agent of the
-// other runs, because every reconciler looks for itself. Then one of them drains under many streams.
+// other runs, because every reconciler looks for itself. Output is read at either, wherever the node's session is and goes.
+// Then one of them drains under many streams.
 import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { type ClodeiClient, type Instance, InstanceState, type RunSpec } from "@clodei/sdk";
@@ -7,13 +8,15 @@ import { newId } from "@clodei/proto/ids";
 import { listContainers } from "../harness/containers.ts";
 import { engineUnavailable } from "../harness/engine.ts";
 import { eventually } from "../harness/eventually.ts";
-import { patience, testImage, TestSystem } from "../harness/system.ts";
+import { madrid, patience, testImage, TestSystem } from "../harness/system.ts";
 import { TcpProxy } from "../harness/tcp-proxy.ts";
 
 const patienceMs = 60_000;
 const watches = 200;
 /** A connection carries at most 100 streams. */
 const watchers = 4;
+/** Of each stream: what is written at once, and what takes about ten seconds with its pauses. */
+const lines = 3_000;
 
 const sleeper: RunSpec = {
   image: testImage,
@@ -99,6 +102,114 @@ describe("two control planes on one database, without hints", { skip: engineUnav
     await one?.delete();
   });
 
+  test("output is the same at both replicas, while it comes and when it is there", async () => {
+    const instance = await near.instances.run({ ...sleeper, command: ["sh", "-c", numberedLines(lines)] });
+    const expected = Array.from({ length: lines }, (_, index) => index + 1);
+    const text = (word: string): string => expected.map((number) => `${word} ${number}\n`).join("");
+    const followed = await Promise.all(
+      [near, far].map(async (client) => {
+        const found = { stdout: "", stderr: "" };
+        const handle = (await client.instances.get(instance.id)).logs();
+        for await (const { stream, data } of handle) found[stream] += Buffer.from(data).toString();
+        return found;
+      }),
+    );
+    assert.ok((await relayedBytes(0)) > 0, "the other replica was asked");
+    for (const client of [near, far]) {
+      const handle = await client.instances.get(instance.id);
+      const found = { stdout: "", stderr: "" };
+      for await (const { stream, data } of handle.logs({ follow: false })) {
+        found[stream] += Buffer.from(data).toString();
+      }
+      followed.push(found);
+      const tail = (await handle.logs({ follow: false, tailLines: 10 }).text()).trim().split("\n");
+      assert.equal(tail.length, 10);
+      assert.ok(tail.includes(`out ${lines}`) && tail.includes(`err ${lines}`), tail.join());
+    }
+    for (const found of followed) {
+      assert.ok(found.stdout === text("out") && found.stderr === text("err"), "each byte came once");
+    }
+    const stranger = await system.createOrganization("stranger");
+    for (const { listening } of system.controlPlanes) {
+      using other = new DisposableStack();
+      const client = other.adopt(system.connect(stranger, { endpoint: listening.publicUrl }), (it) => it.close());
+      await assert.rejects(
+        client.instances.get(instance.id).then((handle) => handle.logs().text()),
+        { reason: "NOT_FOUND" },
+      );
+    }
+    await instance.delete();
+    await instance.waitUntilDeleted({ timeoutMs: patienceMs });
+  });
+
+  test("a follower goes with the session from replica to replica, one of which is killed, and misses no line", async () => {
+    const nodes = system.controlPlanes.map(({ listening }) => listening.nodeEndpoint);
+    await using balancer = await TcpProxy.start(...nodes);
+    const location = { ...madrid, region: "wandering" };
+    balancer.leadTo(1);
+    const agent = await system.addAgent({ name: "wan-1", replica: 1, nodeEndpoint: balancer.endpoint, location });
+    using clients = new DisposableStack();
+    // One that does not try again: what it gets is the control plane's doing.
+    const client = clients.adopt(
+      system.connect(await system.createOrganization("wanderers"), { retry: { maxAttempts: 1 } }),
+      (it) => it.close(),
+    );
+    const instance = await client.instances.run({
+      ...sleeper,
+      location: { country: "ES", region: location.region },
+      command: ["sh", "-c", numberedLines(lines, 100)],
+    });
+    // Replica 1 has the session of the other node as well.
+    const sessionsWithIt = [1, 2];
+    const moveTo = async (index: number): Promise<void> => {
+      balancer.leadTo(index);
+      balancer.cut();
+      await eventually(patienceMs, async () => {
+        assert.equal(await metricOf(index, "clodei_node_sessions"), sessionsWithIt[index]);
+      });
+    };
+    const kill = async (): Promise<void> => {
+      balancer.leadTo(0);
+      await system.replica(1).kill();
+    };
+    const steps = [() => moveTo(0), () => moveTo(1), kill];
+    const found = { stdout: [] as string[], stderr: [] as string[] };
+    const before = await relayedBytes(0);
+    let step: Promise<void> = Promise.resolve();
+    for await (const { stream, text } of instance.logs().lines()) {
+      found[stream].push(text);
+      // One after the other, each once lines have come since the last.
+      if (stream === "stdout" && found.stdout.length % 400 === 0) {
+        const change = steps.shift();
+        if (change !== undefined) step = step.then(change);
+      }
+    }
+    await step;
+    assert.equal(steps.length, 0, "the output was over before everything had happened");
+    const expected = Array.from({ length: lines }, (_, index) => index + 1);
+    for (const [stream, word] of [
+      ["stdout", "out"],
+      ["stderr", "err"],
+    ] as const) {
+      assert.deepEqual(
+        found[stream],
+        expected.map((number) => `${word} ${number}`),
+      );
+    }
+    assert.ok((await relayedBytes(0)) > before);
+    await system.replica(1).start();
+    await instance.delete();
+    await instance.waitUntilDeleted({ timeoutMs: patienceMs });
+    await agent.kill();
+  });
+
+  async function metricOf(index: number, name: string): Promise<number> {
+    const text = await (await fetch(`${system.replica(index).listening.operationsUrl}/metrics`)).text();
+    return Number(new RegExp(`^${name} (\\S+)$`, "m").exec(text)?.[1]);
+  }
+
+  const relayedBytes = (index: number): Promise<number> => metricOf(index, "clodei_replica_log_bytes_total");
+
   test(`${watches} watches stand on a replica that drains: each goes on at the other, and misses nothing`, async () => {
     await using balancer = await TcpProxy.start(
       ...system.controlPlanes.map(({ listening }) => new URL(listening.publicUrl).host),
@@ -144,6 +255,14 @@ describe("two control planes on one database, without hints", { skip: engineUnav
     await system.replica(0).start();
   });
 });
+
+/** Writes numbered lines to both streams, and pauses after so many. */
+function numberedLines(count: number, pauseEvery = count): string {
+  return (
+    `i=0; while [ $i -lt ${count} ]; do i=$((i+1)); echo "out $i"; echo "err $i" >&2; ` +
+    `[ $((i % ${pauseEvery})) -ne 0 ] || sleep 0.3; done`
+  );
+}
 
 /** What a watch says, as it comes: the states of each instance after the snapshot, and whether it began anew. */
 function follow(client: ClodeiClient, signal: AbortSignal) {
