@@ -100,7 +100,7 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
   stack.use(parts.heartbeats);
   stack.use(parts.keeper);
   const replicas = await startReplicas(deps, parts);
-  stack.defer(() => replicas.close(0));
+  stack.defer(() => replicas.close());
   const logs = createLogStreams(deps, parts, replicas);
   const obtain = (): Promise<FreshCertificate> =>
     deps.authority.issueListenerCertificate(config.publicNames, deps.clock());
@@ -120,7 +120,7 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
       parts.link.drain();
       return parts.link.idle();
     };
-    await Promise.all([listener.close(config.drainMs, endCalls), replicas.close(config.drainMs)]);
+    await Promise.all([listener.close(config.drainMs, endCalls), replicas.close()]);
     await rest.disposeAsync();
   };
   let closing: Promise<void> | undefined;

@@ -6,11 +6,13 @@ import { RelayLogsRequestSchema } from "@clodei/proto/gen/clodei/replica/v1/repl
 import { ErrorInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
 import type { NodeId, OrganizationId } from "@clodei/proto/ids";
 import type { Authority } from "../nodes/service.ts";
+import type { Clock } from "../platform/clock.ts";
 import type { Log } from "../platform/log.ts";
 import type { DispatchLimits } from "./limits.ts";
 import { LogLinkBroken, LogsNotHeld, type LogPiece, type LogsQuery, tooManyStreams } from "./log-relay.ts";
 import type { DispatchMetrics } from "./metrics.ts";
 import { type ReplicaAddress, ReplicaConnection, type ReplicaTlsMaterial } from "./replica-connection.ts";
+import { Seldom } from "./seldom.ts";
 
 /** What asking other replicas needs. */
 export type ReplicaClientOptions = {
@@ -18,8 +20,11 @@ export type ReplicaClientOptions = {
   readonly tls: ReplicaTlsMaterial;
   readonly limits: DispatchLimits;
   readonly metrics: DispatchMetrics;
+  readonly clock: Clock;
   readonly log: Log;
 };
+
+const tellAgainMs = 60_000;
 
 /** Reads from other replicas. */
 export class ReplicaClient implements Disposable {
@@ -30,6 +35,7 @@ export class ReplicaClient implements Disposable {
   readonly #all = new Set<ReplicaConnection>();
   /** When a connection to a replica failed to open last. */
   readonly #failedAtMs = new Map<string, number>();
+  readonly #tellRefusal = new Seldom(tellAgainMs);
   #tls: ReplicaTlsMaterial;
 
   constructor(options: ReplicaClientOptions) {
@@ -95,8 +101,10 @@ export class ReplicaClient implements Disposable {
   #connectionTo(address: ReplicaAddress): ReplicaConnection {
     const { replicaId } = address;
     const standing = this.#current.get(replicaId);
-    if (standing !== undefined) return standing;
-    const { limits, metrics, authority } = this.#options;
+    const { limits, metrics, authority, clock } = this.#options;
+    // The handshake looked at its certificate once, and the connection may stand for longer.
+    if (standing !== undefined && !standing.hasExpired(clock())) return standing;
+    standing?.retire();
     // Many readers wait for a replica that is gone: one of them tries at a time.
     const failedAtMs = this.#failedAtMs.get(replicaId) ?? Number.NEGATIVE_INFINITY;
     if (performance.now() - failedAtMs < limits.replicaRetryMs) {
@@ -108,6 +116,7 @@ export class ReplicaClient implements Disposable {
       tls: this.#tls,
       authority,
       limits,
+      clock,
       onClosed: (failure) => {
         this.#all.delete(connection);
         if (this.#current.get(replicaId) === connection) this.#current.delete(replicaId);
@@ -144,7 +153,9 @@ export class ReplicaClient implements Disposable {
     if (reason === "NOT_FOUND") return new LogsNotHeld();
     if (reason === "RATE_LIMITED") return tooManyStreams(limits.nodeUnreachableRetryMs);
     const isUsual = error.code === Code.Unavailable || error.code === Code.Canceled;
-    if (!isUsual) log.warn({ err: error, replicaId }, "another control plane refused to relay output");
+    if (!isUsual && this.#tellRefusal.isDue()) {
+      log.warn({ err: error, replicaId }, "another control plane refused to relay output");
+    }
     return new LogLinkBroken(error.rawMessage);
   }
 }

@@ -15,6 +15,7 @@ import { type Client, Code, ConnectError, createClient } from "@connectrpc/conne
 import { createGrpcTransport } from "@connectrpc/connect-node";
 import { ReplicaService } from "@clodei/proto/gen/clodei/replica/v1/replica_service";
 import type { Authority } from "../nodes/service.ts";
+import type { Clock } from "../platform/clock.ts";
 import { tlsProtocol } from "./credentials.ts";
 import type { DispatchLimits } from "./limits.ts";
 
@@ -32,6 +33,7 @@ export type ReplicaConnectionOptions = ReplicaAddress & {
   readonly tls: ReplicaTlsMaterial;
   readonly authority: Pick<Authority, "issuedReplica" | "certificatePem">;
   readonly limits: DispatchLimits;
+  readonly clock: Clock;
   /** Called once. The error is what kept the connection from opening. */
   readonly onClosed: (failure: Error | undefined) => void;
 };
@@ -79,6 +81,12 @@ export class ReplicaConnection {
     };
   }
 
+  /** Whether the certificate that the replica showed has ended since. */
+  hasExpired(now: Date): boolean {
+    const { peerExpireTime } = this.#channel;
+    return peerExpireTime !== undefined && peerExpireTime <= now;
+  }
+
   /** Closes once no stream is left: new ones go elsewhere. */
   retire(): void {
     this.#retired = true;
@@ -95,6 +103,7 @@ export class ReplicaConnection {
 /** What the transport of Connect asks for streams. */
 class Channel {
   readonly authority: string;
+  peerExpireTime: Date | undefined;
   readonly #session: ClientHttp2Session;
   readonly #opened: Promise<void>;
   #failure: Error | undefined;
@@ -108,7 +117,7 @@ class Channel {
       key: options.tls.privateKeyPem,
       cert: options.tls.certificateChainPem,
       ca: options.authority.certificatePem,
-      checkServerIdentity: (_host: string, certificate: PeerCertificate) => wrongReplica(certificate, options),
+      checkServerIdentity: (_host: string, certificate: PeerCertificate) => this.#judge(certificate, options),
       maxSessionMemory: maxSessionMemoryMb,
     });
     this.#session = session;
@@ -157,6 +166,17 @@ class Channel {
     if (!this.#session.destroyed) this.#session.destroy(undefined, constants.NGHTTP2_CANCEL);
   }
 
+  /** Says what is wrong with who answers. TLS has verified that the chain leads to the CA. */
+  #judge(certificate: PeerCertificate, options: ReplicaConnectionOptions): Error | undefined {
+    const found = options.authority.issuedReplica(certificate.raw);
+    if (found?.replicaId !== options.replicaId) {
+      const who = found === undefined ? "something that is no control plane" : `the control plane ${found.replicaId}`;
+      return new Error(`${who} answers there, and not ${options.replicaId}`);
+    }
+    this.peerExpireTime = found.notAfter;
+    return found.notAfter <= options.clock() ? new Error("the control plane's certificate has expired") : undefined;
+  }
+
   #gone(): ConnectError {
     const message = this.#failure?.message ?? "the connection was closed";
     return new ConnectError(message, Code.Unavailable, undefined, undefined, this.#failure);
@@ -169,12 +189,4 @@ class Channel {
     const sent = session.ping(() => clearTimeout(late));
     if (!sent) clearTimeout(late);
   }
-}
-
-/** Whether somebody else answers. TLS has verified that the chain leads to the CA, and the time. */
-function wrongReplica(certificate: PeerCertificate, options: ReplicaConnectionOptions): Error | undefined {
-  const found = options.authority.issuedReplica(certificate.raw)?.replicaId;
-  if (found === options.replicaId) return undefined;
-  const who = found === undefined ? "something that is no control plane" : `the control plane ${found}`;
-  return new Error(`${who} answers there, and not ${options.replicaId}`);
 }

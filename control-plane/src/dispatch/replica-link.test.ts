@@ -15,8 +15,14 @@ import { InstanceReason } from "@clodei/proto/gen/clodei/v1/instance";
 import { LogStream } from "@clodei/proto/gen/clodei/v1/instance_service";
 import { ErrorInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
 import { newId, type InstanceId } from "@clodei/proto/ids";
+import { Registry } from "prom-client";
 import { Authority } from "../nodes/authority.ts";
 import { createLog } from "../platform/log.ts";
+import { dispatchLimits } from "./limits.ts";
+import { LogLinkBroken, type LogPiece } from "./log-relay.ts";
+import { createDispatchMetrics } from "./metrics.ts";
+import { ReplicaClient } from "./replica-client.ts";
+import type { ReplicaAddress } from "./replica-connection.ts";
 import { createNodeClient, eventually, ScriptedAgent } from "./scripted-agent.ts";
 import { TestFleet, type NodeIdentity, type Replica } from "./test-fleet.ts";
 import { assertReason, collect, type Piece, sendText } from "./test-log-reader.ts";
@@ -295,10 +301,10 @@ test("when the replica that holds the session drains, who follows waits and goes
 
 test("where the database names a replica that is gone, a follower waits, and who does not follow is told to retry", async () => {
   // As a killed process leaves it: the session's row stands, and nobody listens there.
-  await fleet.rows("update node_sessions set replica_id = $2, replica_endpoint = '127.0.0.1:1' where node_id = $1", [
-    node.nodeId,
-    randomUUID(),
-  ]);
+  await fleet.rows(
+    `update node_sessions set session_id = $2, replica_id = $2, replica_endpoint = '127.0.0.1:1' where node_id = $1`,
+    [node.nodeId, randomUUID()],
+  );
   agent.break();
   assertReason(await collect(fleet.streamLogs(far, { instanceId })).done, ErrorReason.NODE_UNREACHABLE);
   assert.ok((await metric(far, "clodei_replica_connections_failed_total")) >= 1);
@@ -488,39 +494,85 @@ test("a replica is given what is the organization's and on the node, whatever it
   assert.deepEqual(await good, ["end"]);
 });
 
-test("a replica whose certificate ends is refused on the connection that stands, and goes on with its next one", async () => {
-  // Issued so that it ends in four minutes; the link's certificates are good from five minutes before they are made.
-  fleet.clockOffsetMs = 4 * minuteMs - dayMs;
-  const asks = await fleet.startReplica({ leaseMs: 2 * dayMs, limits });
-  const client = rawClient(near, await fleet.authority.issueReplicaCertificate(randomUUID(), fleet.clock()));
-  fleet.clockOffsetMs = 0;
-  const reader = collect(fleet.streamLogs(asks, { instanceId, follow: true }));
-  const first = agent.upload(await agent.next("openLogs"));
-  sendText(first, 0, "one\n");
-  await eventually("the line arrived", () => reader.text() === "one\n");
-  const good = collectPieces(client);
-  agent.upload(await agent.next("openLogs")).end(true);
-  assert.deepEqual(await good, ["end"]);
+// --- certificates that end
+
+/** The side that asks, alone: with a certificate and a clock of the test's. */
+function startClient(tlsMaterial: Identity, clock = fleet.clock): ReplicaClient {
+  const { authority, db } = fleet;
+  const metrics = createDispatchMetrics(new Registry());
+  return new ReplicaClient({
+    authority,
+    tls: tlsMaterial,
+    limits: { ...dispatchLimits, replicaRetryMs: 0 },
+    metrics,
+    clock,
+    log: db.log,
+  });
+}
+
+async function holderAddress(): Promise<ReplicaAddress> {
+  const [row] = await fleet.rows<{ replica_id: string; replica_endpoint: string }>(
+    "select replica_id, replica_endpoint from node_sessions where node_id = $1",
+    [node.nodeId],
+  );
+  assert.ok(row !== undefined);
+  return { replicaId: row.replica_id, endpoint: row.replica_endpoint };
+}
+
+/** Reads as the replica would whose client this is. */
+async function read(client: ReplicaClient): Promise<AsyncGenerator<LogPiece>> {
+  const query = { attempt: { instanceId, attempt: 1 }, follow: true };
+  return client.readLogs(await holderAddress(), node.nodeId, fleet.organizationId, query, new AbortController().signal);
+}
+
+async function textOf(next: Promise<IteratorResult<LogPiece>>): Promise<string | undefined> {
+  const { value, done } = await next;
+  return done !== true && value.case === "chunk" ? Buffer.from(value.value.data).toString() : undefined;
+}
+
+test("who is asked judges the certificate again for every piece, and takes the next one", async () => {
+  // Issued so that it ends in four minutes; the next one is good from five minutes before it is made.
+  const aged = await fleet.authority.issueReplicaCertificate(randomUUID(), new Date(Date.now() - dayMs + 4 * minuteMs));
+  using client = startClient(aged);
+  const first = await read(client);
+  const one = textOf(first.next());
+  const upload = agent.upload(await agent.next("openLogs"));
+  sendText(upload, 0, "one\n");
+  assert.equal(await one, "one\n");
   fleet.clockOffsetMs = 4.5 * minuteMs;
   try {
-    assert.equal((await refusalOf(client)).reason, "CERTIFICATE_INVALID");
-    // As it does by itself at half-life.
-    await asks.listener.renewCertificate();
-    sendText(first, 4, "two\n");
-    const open = await agent.next("openLogs");
-    assert.deepEqual(
-      open.positions.map(({ offset }) => offset),
-      [4n],
-      "the piece of the old connection was not handed over",
-    );
-    const second = agent.upload(open);
-    sendText(second, 4, "two\n");
-    second.end(true);
-    assert.equal(await reader.done, "ended");
-    assert.equal(reader.text(), "one\ntwo\n");
+    sendText(upload, 4, "two\n");
+    await assert.rejects(first.next(), LogLinkBroken);
+    await agent.next("closeLogs");
+    // A new stream on the connection that stands.
+    await assert.rejects((await read(client)).next(), LogLinkBroken);
+    assert.equal(agent.count("openLogs"), 1);
+    client.renew(await fleet.authority.issueReplicaCertificate(randomUUID(), fleet.clock()));
+    const again = textOf((await read(client)).next());
+    sendText(agent.upload(await agent.next("openLogs")), 4, "two\n");
+    assert.equal(await again, "two\n");
   } finally {
     fleet.clockOffsetMs = 0;
   }
+});
+
+test("who asks takes no answer behind a certificate that has ended, on a connection that stands neither", async () => {
+  let offsetMs = 0;
+  const identity = await fleet.authority.issueReplicaCertificate(randomUUID(), new Date());
+  using client = startClient(identity, () => new Date(Date.now() + offsetMs));
+  const good = async (): Promise<void> => {
+    const stream = await read(client);
+    const first = stream.next();
+    agent.upload(await agent.next("openLogs")).end(true);
+    assert.deepEqual((await first).value?.case, "end");
+    await stream.next();
+  };
+  await good();
+  offsetMs = 2 * dayMs;
+  await assert.rejects((await read(client)).next(), { name: "LogLinkBroken", message: /has expired/ });
+  assert.equal(agent.count("openLogs"), 1);
+  offsetMs = 0;
+  await good();
 });
 
 async function collectPieces(client: Client<typeof ReplicaService>): Promise<(string | undefined)[]> {

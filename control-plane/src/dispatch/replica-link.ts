@@ -42,8 +42,8 @@ export type ReplicaLink = {
   readonly client: ReplicaClient;
   /** Replaces the certificate; streams that are open go on. Happens by itself at half-life. */
   renewCertificate(): Promise<void>;
-  /** Ends what others ask for; then what this process asks of others. The server's calls end when the process drains. */
-  close(drainMs: number): Promise<void>;
+  /** Ends what others ask for, which the server does when the process drains; then what this process asks of others. */
+  close(): Promise<void>;
 };
 
 /** Makes the certificate, and listens where the configuration says so. */
@@ -51,7 +51,7 @@ export async function startReplicaLink(deps: ReplicaLinkDeps): Promise<ReplicaLi
   const { authority, limits, metrics, log, config, replicaId, clock } = deps;
   const obtain = (): Promise<FreshCertificate> => authority.issueReplicaCertificate(replicaId, clock());
   const first = await obtain();
-  const client = new ReplicaClient({ authority, tls: first, limits, metrics, log });
+  const client = new ReplicaClient({ authority, tls: first, limits, metrics, clock, log });
   const listener = config === undefined ? undefined : await listen(deps, config, first);
   const use = (next: FreshCertificate): void => {
     client.renew(next);
@@ -59,9 +59,10 @@ export async function startReplicaLink(deps: ReplicaLinkDeps): Promise<ReplicaLi
   };
   const certificates = keepCertificateFresh({ listener: "replica", first, obtain, use, log });
   if (listener !== undefined) log.info({ endpoint: listener.endpoint, replicaId }, "the replica listener serves");
-  const close = async (drainMs: number): Promise<void> => {
+  const close = async (): Promise<void> => {
     await certificates[Symbol.asyncDispose]();
-    await listener?.grpc.close(drainMs, () => deps.server.idle());
+    // The calls are told to end at once. What a reader that does not read keeps open is not waited for.
+    await listener?.grpc.close(limits.goodbyeTimeoutMs, () => deps.server.idle());
     client[Symbol.dispose]();
   };
   let closing: Promise<void> | undefined;
@@ -69,7 +70,7 @@ export async function startReplicaLink(deps: ReplicaLinkDeps): Promise<ReplicaLi
     endpoint: listener?.endpoint,
     client,
     renewCertificate: async () => use(await obtain()),
-    close: (drainMs) => (closing ??= close(drainMs)),
+    close: () => (closing ??= close()),
   };
 }
 

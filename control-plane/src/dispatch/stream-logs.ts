@@ -16,6 +16,7 @@ import type { DispatchLimits } from "./limits.ts";
 import { LogLinkBroken, LogsNotHeld, type LogPiece, type LogRelay, type LogsQuery } from "./log-relay.ts";
 import { LogCursor } from "./model.ts";
 import type { ReplicaClient } from "./replica-client.ts";
+import { Seldom } from "./seldom.ts";
 import type { SessionKeeper } from "./session-keeper.ts";
 import { readSessions } from "./store.ts";
 
@@ -61,7 +62,7 @@ type Source = {
 export class LogStreams {
   readonly #options: StreamLogsOptions;
   readonly #perCaller = new Map<string, number>();
-  #toldUnconfiguredAtMs = Number.NEGATIVE_INFINITY;
+  readonly #tellUnconfigured = new Seldom(tellAgainMs);
 
   constructor(options: StreamLogsOptions) {
     this.#options = options;
@@ -188,7 +189,7 @@ export class LogStreams {
     }
     const { sessionId, replicaId, replicaEndpoint: endpoint } = standing;
     if (endpoint === undefined) {
-      this.#tellUnconfigured();
+      if (this.#tellUnconfigured.isDue()) this.#options.log.warn(unconfigured);
       // Not to wait for: it is there, and nobody reaches it from here. A retry may come to the replica that holds it.
       throw this.#unreachable();
     }
@@ -222,17 +223,6 @@ export class LogStreams {
     return target;
   }
 
-  /** For the operator, now and then: customers see that the node cannot be reached, and cannot mend it. */
-  #tellUnconfigured(): void {
-    const nowMs = performance.now();
-    if (nowMs - this.#toldUnconfiguredAtMs < tellAgainMs) return;
-    this.#toldUnconfiguredAtMs = nowMs;
-    this.#options.log.warn(
-      "output was asked for of a node whose session another control plane holds, which others cannot ask for it: " +
-        "set CLODEI_REPLICA_HOST on every control plane of this database",
-    );
-  }
-
   #unreachable(): DomainError {
     return new DomainError(ErrorReason.NODE_UNREACHABLE, "the instance's node cannot be reached now: retry", {
       retryAfterMs: this.#options.limits.nodeUnreachableRetryMs,
@@ -264,8 +254,11 @@ export class LogStreams {
 
 /** Between a link that broke and the next try on a session that stands. */
 const retryPauseMs = 200;
-/** How often a log says again what nobody mended. */
 const tellAgainMs = 10 * 60_000;
+/** For the operator: customers see that the node cannot be reached, and cannot mend it. */
+const unconfigured =
+  "output was asked for of a node whose session another control plane holds, which others cannot ask for it: " +
+  "set CLODEI_REPLICA_HOST on every control plane of this database";
 
 /** Where an attempt is: on a node, not placed yet, or over without ever having been placed. */
 function placeOf(
