@@ -29,19 +29,24 @@ const settleMs = 60_000;
 /** What the agent's last process logged is shown with a failure, so far back. */
 const agentLinesShown = 40;
 
+/** Longer than any run: what is left running does not end by itself. */
+const sleepSeconds = 100_000;
+
 /** An instance in one of these has its GPUs. */
-const liveStates: ReadonlySet<InstanceState> = new Set([
-  InstanceState.SCHEDULED,
-  InstanceState.PULLING,
-  InstanceState.CREATING,
-  InstanceState.RUNNING,
-  InstanceState.STOPPING,
-]);
+const liveStates = ["SCHEDULED", "PULLING", "CREATING", "RUNNING", "STOPPING"] as const;
+/** One page holds all that two nodes have room for, so that the list is what was true at one moment. */
+const liveInstances = { states: liveStates, pageSize: 500 } as const;
+
+/** How often the script of an instance of each kind begins. */
+const runsOf = { job: 1, stopped: 1, restarted: 2, "left running": 1 } as const;
+const kinds = ["job", "stopped", "job", "restarted", "job", "left running"] as const;
 
 /** What a customer did with an instance, and what must therefore be true of it in the end. */
 interface Life {
   readonly instance: InstanceHandle;
-  readonly kind: "job" | "stopped" | "restarted" | "left running";
+  readonly kind: keyof typeof runsOf;
+  /** Whether the customer deleted it in the end. */
+  readonly deleted: boolean;
   /** A start or an end of it was lost with the engine, and the customer left it there. */
   readonly lost: boolean;
   /** Whether the engine was killed meanwhile: output that it had read and not written went with it. */
@@ -57,6 +62,8 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
   /** One of each replica. */
   let readers: readonly ClodeiClient[] = [];
   let reads = 0;
+  /** All that were ever acknowledged. */
+  const instances: InstanceHandle[] = [];
   /** Between agents or customers and the control planes. */
   let proxies: readonly TcpProxy[] = [];
   before(async () => {
@@ -114,7 +121,7 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
     const script =
       kind === "job"
         ? `echo run >> /workspace/runs; i=0; while [ $i -lt ${linesOfJob} ]; do i=$((i+1)); echo line $i; done; sleep 0.2`
-        : "echo run >> /workspace/runs; trap 'exit 0' TERM; sleep 1000 & wait";
+        : `echo run >> /workspace/runs; trap 'exit 0' TERM; sleep ${sleepSeconds} & wait`;
     const instance = await client.instances.run(
       {
         image: testImage,
@@ -126,6 +133,7 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
       },
       wait,
     );
+    instances.push(instance);
     const beginMs = performance.now();
     const sawEngineKill = (): boolean => engineKillsMs.some((killMs) => killMs >= beginMs);
     // Nothing but an engine's kill excuses it.
@@ -134,10 +142,17 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
       await use(instance, kind);
     } catch (error) {
       if (!(error instanceof InstanceEndedError) || !isLost(error.instance.message)) throw error;
-      return { instance, kind, lost: true, sawEngineKill: true };
+      return { instance, kind, deleted: false, lost: true, sawEngineKill: true };
     }
     const lost = kind === "job" && isLost((await instance.refresh()).message);
-    return { instance, kind, lost, sawEngineKill: sawEngineKill() };
+    // So that containers do not pile up; one in four stays to be compared in the end.
+    const deleted = (kind === "left running" || kind === "restarted") && instances.length % 4 !== 0;
+    if (deleted) {
+      // With the workspace goes what tells how often it ran.
+      await eventually(settleMs, () => assertRuns(instance, kind));
+      await instance.delete(wait);
+    }
+    return { instance, kind, deleted, lost, sawEngineKill: sawEngineKill() };
   }
 
   async function use(instance: InstanceHandle, kind: Life["kind"]): Promise<void> {
@@ -155,6 +170,11 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
     await instance.waitUntilRunning(wait);
   }
 
+  async function assertRuns(instance: InstanceHandle, kind: Life["kind"]): Promise<void> {
+    const count = await runs(instance);
+    assert.equal(count, runsOf[kind], `seed ${seed}: ${kind} ${instance.id} ran ${count} times`);
+  }
+
   /** How often the instance's script began, as it wrote itself into its workspace. */
   async function runs(instance: InstanceHandle): Promise<number> {
     const counts = agents.map(async (name) => {
@@ -166,22 +186,23 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
   }
 
   /** What holds at every moment, whatever was just killed. */
-  async function assertNothingDoubled(lives: readonly InstanceHandle[]): Promise<void> {
+  async function assertNothingDoubled(): Promise<void> {
     const containers = await eventually(settleMs, () => listContainers(system.engine));
     const running = containers.filter((container) => container.State === "running");
-    const instances = running.map(({ Labels }) => Labels[containerLabels.instanceId] ?? "");
-    assert.equal(new Set(instances).size, instances.length, `seed ${seed}: an instance runs twice`);
-    const gpus: string[] = [];
-    for await (const { instance } of client.instances.list()) {
-      if (liveStates.has(instance.state)) gpus.push(...instance.gpus.map(({ uuid }) => uuid));
-    }
+    const ids = running.map(({ Labels }) => Labels[containerLabels.instanceId] ?? "");
+    assert.equal(new Set(ids).size, ids.length, `seed ${seed}: an instance runs twice`);
+    const holding = await client.instances.list(liveInstances).toArray();
+    const gpus = holding.flatMap(({ instance }) => instance.gpus.map(({ uuid }) => uuid));
     assert.equal(new Set(gpus).size, gpus.length, `seed ${seed}: a GPU was given twice`);
-    for (const handle of lives) {
-      const count = await runs(handle);
-      if (count <= 1) continue;
-      const { attempt } = await handle.refresh();
-      assert.ok(count <= attempt, `seed ${seed}: ${handle.id} ran ${count} times in ${attempt} attempts`);
-    }
+    await Promise.all(instances.map(assertNoMoreRunsThanAttempts));
+  }
+
+  async function assertNoMoreRunsThanAttempts(handle: InstanceHandle): Promise<void> {
+    const count = await runs(handle);
+    // An attempt's number never goes back: what was known before is enough, nearly always.
+    if (count <= handle.instance.attempt) return;
+    const { attempt } = await handle.refresh();
+    assert.ok(count <= attempt, `seed ${seed}: ${handle.id} ran ${count} times in ${attempt} attempts`);
   }
 
   /** Each line once and in order; all of them where the engine was not killed, which loses what it has not written. */
@@ -202,19 +223,42 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
     return eventually(settleMs, async () => (await reader.instances.get(instanceId)).logs({ follow: false }).text());
   }
 
+  /** What must be true of an instance once all came to rest, after what its customer did with it. */
+  async function assertLife(life: Life): Promise<void> {
+    const { instance, kind, deleted, lost } = life;
+    const { state, reason, message, attempt } = await instance.refresh();
+    const said = InstanceReason.COMPLETED === reason ? "completed" : message;
+    const what = `seed ${seed}: ${kind} ${instance.id} (${said})`;
+    if (lost) {
+      const count = await runs(instance);
+      assert.deepEqual([state, reason], [InstanceState.FAILED, InstanceReason.NODE_ERROR], what);
+      const least = lostEnd.test(message) ? attempt : attempt - 1;
+      assert.ok(count >= least && count <= attempt, `${what} ran ${count} times in ${attempt} attempts`);
+      return;
+    }
+    if (deleted) {
+      assert.equal(state, InstanceState.DELETED, what);
+      return;
+    }
+    await assertRuns(instance, kind);
+    if (kind === "job") {
+      assert.deepEqual([state, reason], [InstanceState.STOPPED, InstanceReason.COMPLETED], what);
+      await assertOutput(life);
+    } else {
+      assert.equal(state, kind === "stopped" ? InstanceState.STOPPED : InstanceState.RUNNING, what);
+      assert.equal(attempt, runsOf[kind], what);
+    }
+  }
+
   test(`each of them is killed ${killsOfEach} times, and the system comes to rest as it should be`, async () => {
+    const beginMs = performance.now();
     let killing = true;
     const lives: Life[] = [];
-    const kinds: readonly Life["kind"][] = ["job", "stopped", "job", "restarted", "job", "left running"];
     const customer = async (number: number): Promise<void> => {
       for (let index = number; killing || index - number < leastLives; index++) {
         const kind = kinds[index % kinds.length] ?? "job";
         // What stays takes none of the eight.
-        const life = await live(kind, kind === "job" && number % 2 === 0 ? 1 : 0);
-        lives.push(life);
-        // So that containers do not pile up; one in four stays to be compared in the end.
-        if (kind === "left running" && !life.lost && lives.length % 4 !== 0)
-          await life.instance.delete({ timeoutMs: lifeTimeoutMs });
+        lives.push(await live(kind, kind === "job" && number % 2 === 0 ? 1 : 0));
       }
     };
     const killer = async (): Promise<void> => {
@@ -224,7 +268,7 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
           const [kill] = queue.splice(Math.floor(random() * queue.length), 1);
           await sleep(200 + random() * 1500);
           await kill?.();
-          await assertNothingDoubled(lives.map(({ instance }) => instance));
+          await assertNothingDoubled();
         }
       } finally {
         killing = false;
@@ -247,49 +291,32 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
         assert.ok(node.connected && node.acceptingWork, `${name} is back`);
       });
     }
-    await eventually(settleMs, () => assertAgreement(lives));
-    let completed = 0;
-    let lostOnes = 0;
-    for (const life of lives) {
-      const { instance, kind, lost } = life;
-      const { state, reason, message, attempt } = await instance.refresh();
-      const count = await runs(instance);
-      const what = `seed ${seed}: ${kind} ${instance.id} (${InstanceReason.COMPLETED === reason ? "completed" : message})`;
-      if (lost) {
-        lostOnes++;
-        assert.equal(state, InstanceState.FAILED, what);
-        assert.equal(reason, InstanceReason.NODE_ERROR, what);
-        const least = lostEnd.test(message) ? attempt : attempt - 1;
-        assert.ok(count >= least && count <= attempt, `${what} ran ${count} times in ${attempt} attempts`);
-        continue;
-      }
-      if (kind === "job") {
-        assert.equal(state, InstanceState.STOPPED, what);
-        assert.equal(reason, InstanceReason.COMPLETED, what);
-        assert.equal(count, 1, `${what} ran ${count} times`);
-        await assertOutput(life);
-        completed++;
-      }
-      if (kind === "stopped") assert.equal(count, 1, `${what} ran ${count} times`);
-      if (kind === "restarted") assert.equal(count, 2, `${what} ran ${count} times`);
-    }
+    await eventually(settleMs, assertAgreement);
+    const left = [...lives];
+    const auditor = async (): Promise<void> => {
+      for (let life = left.pop(); life !== undefined; life = left.pop()) await assertLife(life);
+    };
+    await Promise.all(Array.from({ length: customers }, auditor));
+    const completed = lives.filter(({ kind, lost }) => kind === "job" && !lost).length;
+    const lost = lives.filter((life) => life.lost).length;
     assert.ok(completed >= customers, `only ${completed} jobs completed`);
-    // An engine's kill costs the starts and ends of that moment, and they are few.
-    assert.ok(lostOnes <= killsOfEach, `seed ${seed}: ${lostOnes} starts or ends were lost`);
+    // An engine's kill costs the starts and ends of that moment: on a slow machine many customers are at one, never most.
+    assert.ok(lost <= (killsOfEach * customers) / 2, `seed ${seed}: ${lost} starts or ends were lost`);
     console.log(
-      `${lives.length} lives, ${completed} of them completed jobs, ${lostOnes} lost starts or ends, under ${Object.keys(victims).length * killsOfEach} kills`,
+      `${lives.length} lives, ${completed} of them completed jobs, ${lost} lost starts or ends, under ${Object.keys(victims).length * killsOfEach} kills, in ${Math.round((performance.now() - beginMs) / 1000)} s`,
     );
   });
 
   /** What the control plane wants and shows, and what the engine has, are the same. */
-  async function assertAgreement(lives: readonly Life[]): Promise<void> {
+  async function assertAgreement(): Promise<void> {
     const containers = await listContainers(system.engine);
     const running = containers.filter((container) => container.State === "running");
-    const wanted = new Map<string, string>();
-    for (const { instance } of lives) {
-      const { state, attempt } = await instance.refresh();
-      if (state === InstanceState.RUNNING) wanted.set(instance.id, String(attempt));
-    }
+    const holding = await client.instances.list(liveInstances).toArray();
+    assert.ok(
+      holding.every(({ state }) => state === "RUNNING"),
+      "an instance is still on its way",
+    );
+    const wanted = new Map(holding.map(({ id, instance }) => [id, String(instance.attempt)]));
     const actual = new Map<string, string>(
       running.map(({ Labels }) => [Labels[containerLabels.instanceId] ?? "", Labels[containerLabels.attempt] ?? ""]),
     );
