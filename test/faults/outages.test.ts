@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { type InstanceHandle, InstanceReason, InstanceState, type RunSpec } from "@clodei/sdk";
+import { type InstanceHandle, InstanceReason, InstanceState, NodeState, type RunSpec } from "@clodei/sdk";
 import { listContainers } from "../harness/containers.ts";
 import { engineUnavailable } from "../harness/engine.ts";
 import { eventually } from "../harness/eventually.ts";
@@ -14,6 +14,15 @@ const patienceMs = 60_000;
 const certificateLifetimeMs = 15_000;
 /** The lease of tests is 3 s. */
 const longerThanLeaseMs = 6_000;
+/**
+ * From the return of the control plane until everything it shows of a node is right. No interval that a test shortens
+ * is in it: agents wait as production's do.
+ */
+const returnGoalMs = 5_000;
+/** What leaves time in it for the connection and what is said on it. */
+const longestWaitMs = 3_000;
+/** A machine that does much else may miss the goal now and then. */
+const returnTries = 3;
 
 const fakeClock = ["x86_64", "aarch64"]
   .map((machine) => `/usr/lib/${machine}-linux-gnu/faketime/libfaketime.so.1`)
@@ -46,8 +55,11 @@ describe("long outages", { skip: engineUnavailable, timeout: 600_000 }, () => {
     return instance;
   }
 
-  /** What is there when the control plane is back after so long: a life that went on, and one that ended meanwhile. */
-  async function surviveOutage(lengthMs: number): Promise<void> {
+  /**
+   * What is there when the control plane is back after so long: a life that went on, and one that ended meanwhile.
+   * @returns How long it took until what it shows was right, in milliseconds.
+   */
+  async function surviveOutage(lengthMs: number): Promise<number> {
     const lasting = await running("sleep 1000");
     const ending = await running("sleep 2; echo done; exit 7");
     const before = (await listContainers(system.engine, lasting.id)).map(({ Id }) => Id);
@@ -57,15 +69,22 @@ describe("long outages", { skip: engineUnavailable, timeout: 600_000 }, () => {
     const [container] = await listContainers(system.engine, lasting.id);
     assert.deepEqual([container?.Id, container?.State], [before[0], "running"], "nothing stops on the node");
     await system.controlPlane.start();
+    const readyMs = performance.now();
     const ended = await eventually(patienceMs, async () => {
+      const { connected, state } = await system.operator.nodes.get(system.agent("mad-1").nodeId);
+      assert.deepEqual([connected, state], [true, NodeState.READY]);
       const now = await ending.refresh();
       assert.equal(now.state, InstanceState.FAILED);
+      const { nodeReachable } = await lasting.refresh();
+      assert.ok(nodeReachable);
       return now;
     });
+    const returnedMs = performance.now() - readyMs;
+    console.log(`right again ${Math.round(returnedMs)} ms after the return from an outage of ${lengthMs} ms`);
     assert.deepEqual([ended.reason, ended.exitCode], [InstanceReason.EXITED_NONZERO, 7]);
     assert.equal(await ending.logs({ follow: false }).text(), "done\n");
-    const { state, attempt, nodeReachable } = await lasting.refresh();
-    assert.deepEqual([state, attempt, nodeReachable], [InstanceState.RUNNING, 1, true]);
+    const { state, attempt } = await lasting.refresh();
+    assert.deepEqual([state, attempt], [InstanceState.RUNNING, 1]);
     // The journal kept all: its intervals join, and reach past the outage.
     const meteredMs = await eventually(patienceMs, () => meteredMsOf(lasting.id, runsUntilMs));
     assert.ok(meteredMs >= lengthMs, `${meteredMs} ms were metered of ${lengthMs}`);
@@ -73,6 +92,13 @@ describe("long outages", { skip: engineUnavailable, timeout: 600_000 }, () => {
       await instance.delete();
       await instance.waitUntilDeleted({ timeoutMs: patienceMs });
     }
+    return returnedMs;
+  }
+
+  /** How long the agent has waited between two connections, as it said itself. */
+  function waitsMs(): number[] {
+    const waits = system.agent("mad-1").program.output.matchAll(/"waitMs":(\d+)/g);
+    return [...waits].map(([, ms]) => Number(ms));
   }
 
   /** The time that an instance was metered, once that reaches so far. */
@@ -92,12 +118,16 @@ describe("long outages", { skip: engineUnavailable, timeout: 600_000 }, () => {
     return meteredMs;
   }
 
-  test("a control plane that is away for longer than the lease stops nothing, and learns all when it is back", async () => {
-    await surviveOutage(longerThanLeaseMs);
+  test("a control plane that is away for longer than the lease stops nothing, and learns all within 5 s of its return", async () => {
+    for (let tries = 1; (await surviveOutage(longerThanLeaseMs)) > returnGoalMs; tries++) {
+      assert.ok(tries < returnTries, `more than ${returnGoalMs} ms in each of ${returnTries} tries`);
+    }
   });
 
   test("a certificate that expires in the outage is renewed with the node's key, and no operator is needed", async () => {
     await surviveOutage(certificateLifetimeMs + 5_000);
+    const waits = waitsMs();
+    assert.ok(waits.length > 5 && waits.every((ms) => ms <= longestWaitMs), `it waited ${waits.join(", ")} ms`);
   });
 });
 

@@ -6,6 +6,7 @@ import type { Client } from "@connectrpc/connect";
 import { createClient } from "@connectrpc/connect";
 import { createGrpcTransport, Http2SessionManager } from "@connectrpc/connect-node";
 import { EnrollmentService } from "@clodei/proto/gen/clodei/v1/enrollment_service";
+import { dial } from "../dial.ts";
 import type { Anchor } from "./anchor.ts";
 
 const callTimeoutMs = 20_000;
@@ -25,9 +26,12 @@ export function connectEnrollment(
     controlPlaneUrl,
     {},
     {
-      minVersion: "TLSv1.2",
-      rejectUnauthorized: true,
-      ...(trusted === "system" ? {} : { ca: [...trusted] }),
+      createConnection: (url) =>
+        dial(url, {
+          minVersion: "TLSv1.2",
+          rejectUnauthorized: true,
+          ...(trusted === "system" ? {} : { ca: [...trusted] }),
+        }),
     },
   );
   const transport = createGrpcTransport({

@@ -16,6 +16,7 @@ import { Code, ConnectError, createClient } from "@connectrpc/connect";
 import type { Client } from "@connectrpc/connect";
 import { createGrpcTransport } from "@connectrpc/connect-node";
 import { NodeLinkService } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import { dial } from "../dial.ts";
 import type { Identity } from "../identity/identity-store.ts";
 
 /**
@@ -28,6 +29,7 @@ const maxWriteBytes = 4 * 1024 * 1024;
 /** A peer that vanished without a word is noticed within 15 seconds. */
 const pingIntervalMs = 10_000;
 const pingTimeoutMs = 5_000;
+/** A control plane that takes connections may be busy with a whole fleet's: leaving it would make it busier. */
 const connectTimeoutMs = 10_000;
 
 /** An open or opening connection. */
@@ -60,11 +62,14 @@ class Channel {
   constructor(baseUrl: string, identity: Identity) {
     this.authority = new URL(baseUrl).origin;
     const session = connect(this.authority, {
-      minVersion: "TLSv1.3",
-      rejectUnauthorized: true,
-      key: identity.key.pem,
-      cert: identity.certificate.toString(),
-      ca: identity.roots.map((root) => root.toString()),
+      createConnection: (url) =>
+        dial(url, {
+          minVersion: "TLSv1.3",
+          rejectUnauthorized: true,
+          key: identity.key.pem,
+          cert: identity.certificate.toString(),
+          ca: identity.roots.map((root) => root.toString()),
+        }),
     });
     this.#session = session;
     const opened = Promise.withResolvers<void>();

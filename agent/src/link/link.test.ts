@@ -4,10 +4,12 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createValidator } from "@bufbuild/protovalidate";
+import { EnrollmentService } from "@clodei/proto/gen/clodei/v1/enrollment_service";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { AttemptPhase, NodeLinkService } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { UploadLogsRequest } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { InstanceReason } from "@clodei/proto/gen/clodei/v1/instance";
+import { ErrorInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
 import { newId } from "@clodei/proto/ids";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { pino } from "pino";
@@ -27,9 +29,10 @@ import type { Peer } from "../testing/peer.ts";
 import { readBootClock } from "../worker/boot-clock.ts";
 import { Judge } from "../worker/judge.ts";
 import { Worker } from "../worker/worker.ts";
-import { backoffMs, jitterMs, maxBackoffMs } from "./backoff.ts";
-import { Link } from "./link.ts";
+import { jitterMs } from "./backoff.ts";
+import { Link, waitAfter } from "./link.ts";
 import type { LinkEnd } from "./link.ts";
+import type { SessionEnd } from "./session.ts";
 
 const instanceId = newId("ins");
 
@@ -44,6 +47,10 @@ interface Scene {
   readonly logs: LogStore;
   /** Ends the next log stream after its first message, as a control plane does whose reader left. */
   readonly breakUpload: () => void;
+  /** Refuses renewals on the public listener as of a certificate that is superseded. */
+  readonly refuseRenewals: () => void;
+  /** How many of those were asked for. */
+  readonly renewals: () => number;
   /** The next session that the agent opens. */
   readonly session: () => Promise<Peer>;
   readonly ended: Promise<LinkEnd>;
@@ -63,6 +70,29 @@ async function withLink(
   const peers = new Peers();
   const uploads: UploadLogsRequest[][] = [];
   let breaksUpload = false;
+  let refusesRenewals = false;
+  let renewals = 0;
+  const renew = async (certificateRequest: Uint8Array) => ({
+    certificate: await authority.issueNode(certificateRequest, identity.nodeId, {
+      fromMs: Date.now() - 1000,
+      toMs: Date.now() + 3_600_000,
+    }),
+    trustBundle: [authority.rootDer],
+    nodeEndpoint: `localhost:${listener.port}`,
+  });
+  await using publicListener = await listen({
+    issued: await authority.issueServer([{ type: "dns", value: "localhost" }]),
+    routes: (router) =>
+      router.service(EnrollmentService, {
+        createRenewalChallenge: () => ({ challenge: new Uint8Array(32) }),
+        renewExpired: (request) => {
+          renewals += 1;
+          if (!refusesRenewals) return renew(request.certificateRequest);
+          const info = { reason: "CERTIFICATE_INVALID", domain: "clodei.com" };
+          throw new ConnectError("no", Code.Unauthenticated, undefined, [{ desc: ErrorInfoSchema, value: info }]);
+        },
+      }),
+  });
   await using listener = await listen({
     issued: await authority.issueServer([{ type: "dns", value: "localhost" }]),
     clientCa: authority,
@@ -81,20 +111,13 @@ async function withLink(
           }
           return {};
         },
-        renewCertificate: async (request) => ({
-          certificate: await authority.issueNode(request.certificateRequest, identity.nodeId, {
-            fromMs: Date.now() - 1000,
-            toMs: Date.now() + 3_600_000,
-          }),
-          trustBundle: [authority.rootDer],
-          nodeEndpoint: `localhost:${listener.port}`,
-        }),
+        renewCertificate: (request) => renew(request.certificateRequest),
       }),
   });
   const state = await StateFolder.open(folder);
   const journal = Journal.open(state.paths.journal);
   const store = new IdentityStore(state.paths.identity);
-  const identity = await giveIdentity(store, authority, listener, life);
+  const identity = await giveIdentity(store, authority, { port: listener.port, url: publicListener.url }, life);
   const standings: string[] = [];
   const engine = new ContainerEngine({
     socketPath: join(folder, "no.sock"),
@@ -153,6 +176,8 @@ async function withLink(
       uploads,
       logs,
       breakUpload: () => (breaksUpload = true),
+      refuseRenewals: () => (refusesRenewals = true),
+      renewals: () => renewals,
       session: () => peers.next(),
       ended,
       stop: () => controller.abort(),
@@ -402,6 +427,24 @@ describe("the link", { timeout: 60_000 }, () => {
     );
   });
 
+  it("renews at once a certificate that has run out by the control plane's clock alone", async () => {
+    await withLink(async ({ session, listener }) => {
+      (await session()).goodbye(ErrorReason.CERTIFICATE_INVALID);
+      await (await session()).hear("hello");
+      assert.equal(new Set(listener.clientSerials).size, 2);
+    });
+  });
+
+  it("waits for an operator where the control plane does not renew it either", async () => {
+    await withLink(async ({ session, listener, refuseRenewals, renewals }) => {
+      refuseRenewals();
+      (await session()).goodbye(ErrorReason.CERTIFICATE_INVALID);
+      while (renewals() === 0) await new Promise((resolve) => setTimeout(resolve, 5));
+      await new Promise((resolve) => setTimeout(resolve, 500));
+      assert.deepEqual([listener.requests(), renewals()], [1, 1]);
+    });
+  });
+
   it("speaks to no listener below TLS 1.3", async () => {
     await withLink(
       async ({ listener }) => {
@@ -415,19 +458,34 @@ describe("the link", { timeout: 60_000 }, () => {
 });
 
 describe("waits", () => {
-  it("are spread over the whole span and bounded", () => {
-    assert.equal(
-      backoffMs(1, () => 1),
-      250,
-    );
-    assert.equal(
-      backoffMs(100, () => 1),
-      maxBackoffMs,
-    );
-    assert.equal(
-      backoffMs(5, () => 0),
-      0,
-    );
+  const ended = (reason?: ErrorReason, reconnectWithinMs?: number): SessionEnd => ({
+    welcomed: true,
+    reason,
+    message: "",
+    reconnectWithinMs,
+  });
+  const longest = (end: SessionEnd, failures: number): number => waitAfter(end, failures, () => 1);
+
+  it("leave a node that finds nobody 2 of the 5 seconds in which its status is right again, however long the outage", () => {
+    for (let failures = 1; failures <= 10_000; failures++) {
+      assert.ok(longest(ended(), failures) <= 3_000, `after ${failures} failures`);
+      assert.equal(
+        waitAfter(ended(), failures, () => 0),
+        0,
+        "spread over the whole span",
+      );
+    }
+    assert.deepEqual([longest(ended(), 1), longest(ended(), 2)], [250, 500]);
+  });
+
+  it("are longer where the control plane refuses, and as long as it says up to a bound", () => {
+    assert.equal(longest(ended(ErrorReason.RATE_LIMITED), 100), 10_000);
+    assert.equal(longest(ended(ErrorReason.UNAVAILABLE, 5_000), 100), 5_000);
+    assert.equal(longest(ended(ErrorReason.UNAVAILABLE, 3_600_000), 1), 100_000);
+    assert.equal(longest(ended(ErrorReason.UNAVAILABLE, -1), 1), 0);
+  });
+
+  it("between heartbeats drift apart", () => {
     assert.equal(
       jitterMs(10_000, () => 0),
       9000,

@@ -7,7 +7,7 @@ import { messageOf, reasonOf } from "../error-reason.ts";
 import type { Identity, IdentityStore } from "../identity/identity-store.ts";
 import { CertificateTooOldError, isExpired, renewalTimeMs, renewExpired, renewOverLink } from "../identity/renewal.ts";
 import { sleep } from "../sleep.ts";
-import { backoffMs, maxBackoffMs } from "./backoff.ts";
+import { backoffMs, maxAwayBackoffMs, maxRefusedBackoffMs } from "./backoff.ts";
 import { connectLink } from "./connection.ts";
 import { Session } from "./session.ts";
 import type { SessionEnd, SessionOptions } from "./session.ts";
@@ -18,6 +18,8 @@ const renewalRetryMs = 30_000;
 const waitForOperatorMs = 20_000;
 /** Sessions that lived so long end a row of failures. */
 const steadyMs = 10_000;
+/** What a control plane asks its agents to spread over is believed up to here. */
+const maxReconnectWithinMs = 100_000;
 
 /** Why the link ended for good. */
 export type LinkEnd = "stopped" | "replaced" | "revoked";
@@ -106,6 +108,8 @@ export class Link {
     const end = await session.run(AbortSignal.any([signal, renewed.signal]));
     ended.abort();
     await renewal;
+    // It ran out in the session, or this node's clock is behind: neither takes an operator.
+    if (end.reason === ErrorReason.CERTIFICATE_INVALID) return await this.#renewExpired(signal);
     return renewed.signal.aborted && end.reason === undefined ? "again" : end;
   }
 
@@ -153,16 +157,18 @@ function renewalGapMs({ certificate }: Identity): number {
   return Math.min(renewalRetryMs, lifeMs / 20);
 }
 
-function waitAfter(end: SessionEnd, failures: number): number {
+/** How long to wait after a session, or a renewal, that ended so, the `failures`-th in a row. */
+export function waitAfter(end: SessionEnd, failures: number, random: () => number = Math.random): number {
   switch (end.reason) {
     case ErrorReason.NODE_QUARANTINED:
     case ErrorReason.CERTIFICATE_INVALID:
     case ErrorReason.VERSION_NOT_SUPPORTED:
-      return waitForOperatorMs * (0.5 + 0.5 * Math.random());
+      return waitForOperatorMs * (0.5 + 0.5 * random());
     case undefined:
+      return backoffMs(failures, maxAwayBackoffMs, random);
     default:
       return end.reconnectWithinMs === undefined
-        ? backoffMs(failures)
-        : Math.random() * Math.min(Math.max(end.reconnectWithinMs, 0), 10 * maxBackoffMs);
+        ? backoffMs(failures, maxRefusedBackoffMs, random)
+        : random() * Math.min(Math.max(end.reconnectWithinMs, 0), maxReconnectWithinMs);
   }
 }
