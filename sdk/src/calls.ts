@@ -42,7 +42,7 @@ export type MutationOptions = CallOptions & {
 export const callNames = optionNames<CallOptions>({ signal: true, timeoutMs: true });
 
 /** The options of a call that changes something. */
-export const mutationNames = [...callNames, "idempotencyKey"];
+export const mutationNames = optionNames<MutationOptions>({ signal: true, timeoutMs: true, idempotencyKey: true });
 
 /**
  * The options of a call as Connect's clients take them.

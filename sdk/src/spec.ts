@@ -7,7 +7,7 @@ import {
   PullPolicy,
   RestartPolicy,
 } from "@clodei/proto/gen/clodei/v1/instance";
-import { isObject, refuseFields, unknownFields, unwritable, violationsOf } from "./request-check.ts";
+import { isObject, optionNames, refuseFields, unknownFields, unwritable, violationsOf } from "./request-check.ts";
 
 /** The names of an enum's values. */
 export type EnumName<E> = Exclude<keyof E & string, "UNSPECIFIED">;
@@ -65,7 +65,7 @@ export type RunSpec = {
 };
 
 /** The fields of a RunSpec. */
-const specFields = Object.keys({
+const specFields = optionNames<RunSpec>({
   image: true,
   command: true,
   args: true,
@@ -80,7 +80,7 @@ const specFields = Object.keys({
   placementTimeoutSeconds: true,
   maxRunTimeSeconds: true,
   stopGraceSeconds: true,
-} satisfies Record<keyof RunSpec, true>);
+});
 
 /**
  * Writes a specification as the schema has it. What no message can hold (fractions, NaN, fields that do not exist)

@@ -4,11 +4,9 @@ import assert from "node:assert/strict";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { eventually } from "../harness/eventually.ts";
 import { runProgram } from "../harness/process.ts";
-import { controlPlaneProgram, testImage, TestSystem } from "../harness/system.ts";
-
-const patienceMs = 60_000;
+import { controlPlaneProgram, TestSystem } from "../harness/system.ts";
+import { checkWatchedLife } from "../harness/watched-life.ts";
 
 /** The variables that `init-database` prints. */
 export type DatabaseUrls = {
@@ -31,34 +29,7 @@ export async function checkOwnDatabase(
     controlPlaneEnv: urls,
     agents: [{ name: "mad-1", simulateGpus: "2xH100-SXM" }],
   });
-  const { client } = system;
-  const watching = new AbortController();
-  const states = new Set<string>();
-  const watch = (async () => {
-    for await (const event of client.instances.watch({ signal: watching.signal })) {
-      if ("value" in event) states.add(event.value.state.toString());
-    }
-  })().catch((error: unknown) => {
-    if (!watching.signal.aborted) throw error;
-  });
-  const instance = await client.instances.run({
-    image: testImage,
-    command: ["sh", "-c", "trap 'echo second; exit 0' TERM; echo first; while :; do sleep 0.1; done"],
-    gpu: { model: "H100-SXM", count: 1 },
-    cpuMillis: 100,
-    memoryMib: 32,
-  });
-  const lines: string[] = [];
-  for await (const line of instance.logs({ follow: true }).lines()) {
-    lines.push(line.text);
-    if (lines.length === 1) await instance.stop();
-  }
-  assert.deepEqual(lines, ["first", "second"]);
-  await instance.delete();
-  await instance.waitUntilDeleted({ timeoutMs: patienceMs });
-  await eventually(patienceMs, () => assert.ok(states.size > 2, [...states].join(" ")));
-  watching.abort();
-  await watch;
+  await checkWatchedLife(system.client, { gpu: { model: "H100-SXM", count: 1 } });
   return system.controlPlane.program.output;
 }
 

@@ -14,14 +14,13 @@ import { importBusybox } from "../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
 import { DebianServer, serverUnavailable, withFreePorts } from "../harness/debian-server.ts";
 import { engineUnavailable, startTestEngine } from "../harness/engine.ts";
-import { eventually } from "../harness/eventually.ts";
 import { madrid, TestAgent, TestControlPlane, testImage } from "../harness/system.ts";
+import { checkWatchedLife } from "../harness/watched-life.ts";
 
 const root = join(import.meta.dirname, "..", "..");
 const documents = join(root, "docs", "proxies");
 /** Whom the documents' proxies connect as, and two callers of them. */
 const [proxyAddress, oneCaller, anotherCaller] = ["127.0.0.9", "127.0.0.8", "127.0.0.7"];
-const patienceMs = 60_000;
 /** Of one address: far below what the callers here ask for in a row, far above what the others need. */
 const requestsPerSecond = 10;
 const burst = 5 * requestsPerSecond;
@@ -202,35 +201,6 @@ describe("behind proxies that end TLS", { skip: unavailable, timeout: 900_000 },
     return promise;
   }
 
-  /** An instance's life by a client through a proxy: watched, followed, ended. */
-  async function checkStreams(client: ClodeiClient): Promise<void> {
-    const watching = new AbortController();
-    const seen: string[] = [];
-    const watch = (async () => {
-      for await (const event of client.instances.watch({ signal: watching.signal })) seen.push(event.type);
-    })().catch((error: unknown) => {
-      if (!watching.signal.aborted) throw error;
-    });
-    // It writes its second line when we stop it: what came before was not held back on the way.
-    const instance = await client.instances.run({
-      image: testImage,
-      command: ["sh", "-c", "trap 'echo second; exit 0' TERM; echo first; while :; do sleep 0.1; done"],
-      cpuMillis: 100,
-      memoryMib: 32,
-    });
-    const lines: string[] = [];
-    for await (const line of instance.logs({ follow: true }).lines()) {
-      lines.push(line.text);
-      if (lines.length === 1) await instance.stop();
-    }
-    assert.deepEqual(lines, ["first", "second"]);
-    await instance.delete();
-    await instance.waitUntilDeleted({ timeoutMs: patienceMs });
-    await eventually(patienceMs, () => assert.ok(seen.length > 3, seen.join(" ")));
-    watching.abort();
-    await watch;
-  }
-
   /** Every protocol by a client that is not ours. */
   async function checkProtocols(publicUrl: string, protocols: readonly string[]): Promise<void> {
     for (const protocol of protocols) {
@@ -262,14 +232,14 @@ describe("behind proxies that end TLS", { skip: unavailable, timeout: 900_000 },
     const listed = await buf("curl", "--cacert", caFile, "--list-methods", haproxy.publicUrl);
     assert.match(listed, /clodei\.v1\.InstanceService\/StreamLogs/);
     await checkProtocols(haproxy.publicUrl, ["connect", "grpc", "grpcweb"]);
-    await checkStreams(connectBy(haproxy.publicUrl));
+    await checkWatchedLife(connectBy(haproxy.publicUrl));
     await checkAddresses(haproxy.publicUrl);
   });
 
   test("HAProxy to HTTP/1.1: Connect and gRPC-Web, streams, and each caller's own address", async () => {
     await using http1 = await startHaproxy(certificate, behindOf(controlPlane), { " proto h2": "" });
     await checkProtocols(http1.publicUrl, ["connect", "grpcweb"]);
-    await checkStreams(connectBy(http1.publicUrl));
+    await checkWatchedLife(connectBy(http1.publicUrl));
     await checkAddresses(http1.publicUrl);
   });
 
@@ -279,7 +249,7 @@ describe("behind proxies that end TLS", { skip: unavailable, timeout: 900_000 },
     async () => {
       await using nginx = await startNginx(certificate, behindOf(controlPlane));
       await checkProtocols(nginx.publicUrl, ["connect", "grpc", "grpcweb"]);
-      await checkStreams(connectBy(nginx.publicUrl));
+      await checkWatchedLife(connectBy(nginx.publicUrl));
       await checkAddresses(nginx.publicUrl);
     },
   );

@@ -201,7 +201,7 @@ function report(journal: Journal, phase: AttemptPhase): void {
   });
 }
 
-describe("the link", { timeout: 60_000 }, () => {
+describe("the link", { timeout: 240_000 }, () => {
   it("opens with Hello over TLS 1.3 and a client certificate, and beats after Welcome", async () => {
     await withLink(async ({ session, journal, listener }) => {
       const peer = await session();

@@ -32,15 +32,8 @@ export class Outbox implements AsyncIterable<SessionRequest> {
   /** Puts a message in; false where the queue is full or closed, and the message is dropped. */
   push(message: SessionMessage): boolean {
     if (this.#closed) return false;
-    const last = this.#waiting.at(-1);
     // Only the newest state matters to a peer that reads slowly.
-    if (
-      last !== undefined &&
-      last.case === message.case &&
-      (message.case === "heartbeat" || message.case === "inventory")
-    ) {
-      this.#waiting.pop();
-    }
+    if (message.case === "heartbeat" && this.#waiting.at(-1)?.case === "heartbeat") this.#waiting.pop();
     if (this.#waiting.length >= maxWaiting) return false;
     this.#waiting.push(message);
     this.#wake.resolve();

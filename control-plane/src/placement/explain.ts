@@ -43,10 +43,11 @@ function describeObstacles(nodes: readonly FleetNode[]): string {
   return parts.toSorted().join(", ");
 }
 
+/** What a node is that takes nothing. */
 const obstacleWords: Readonly<Record<NodeObstacle, string>> = {
   unreachable: "not answering",
   cordoned: "under maintenance",
-  quarantined: "until an operator has looked at it",
+  quarantined: "waiting for an operator",
   revoked: "out of service",
   not_accepting: "not ready for work",
 };
@@ -132,7 +133,7 @@ function largestGroup(request: PlacementRequest, nodes: readonly FleetNode[]): G
 function explainPinned(request: PlacementRequest, fleet: readonly FleetNode[]): string {
   const node = fleet.find(({ id }) => id === request.pinnedNodeId);
   if (node === undefined) return "the node that holds its workspace is gone";
-  if (node.obstacle !== undefined) return `the node that holds its workspace ${describeObstacle(node.obstacle)}`;
+  if (node.obstacle !== undefined) return `the node that holds its workspace is ${obstacleWords[node.obstacle]}`;
   if (!isInLocation(request.location, node.location) || !fitsEmptyNode(request, healed(node))) {
     return "the node that holds its workspace no longer has that much, even when empty";
   }
@@ -142,19 +143,4 @@ function explainPinned(request: PlacementRequest, fleet: readonly FleetNode[]): 
     return `the node that holds its workspace has not that many healthy GPUs now: ${ill}; waiting until they are healthy again`;
   }
   return "the node that holds its workspace has not that much free now; waiting until it has";
-}
-
-function describeObstacle(obstacle: NodeObstacle): string {
-  switch (obstacle) {
-    case "unreachable":
-      return "does not answer now";
-    case "cordoned":
-      return "takes no new starts now: it is under maintenance";
-    case "quarantined":
-      return "takes no new starts until an operator has looked at it";
-    case "revoked":
-      return "was taken out of service";
-    case "not_accepting":
-      return "takes no new starts now";
-  }
 }

@@ -325,7 +325,10 @@ describe("the explanation", () => {
 
   it("says so where the workspace's node is away", () => {
     const asked = request({ pinnedNodeId: nodeIds[0] });
-    assert.match(explainWaiting(asked, [node(0, { obstacle: "unreachable" })]), /holds its workspace does not answer/);
+    assert.match(
+      explainWaiting(asked, [node(0, { obstacle: "unreachable" })]),
+      /holds its workspace is not answering$/,
+    );
   });
 
   it("says that a huge CPU request fits nowhere", () => {
