@@ -341,6 +341,29 @@ test("credentials go with every request, a token is asked for each time", async 
   );
 });
 
+test("what a token function throws is told as its own, and tried again where its connection was lost", async () => {
+  await using server = await startServerForClientTests(
+    (router) => void router.service(IdentityService, { whoAmI: () => ({}) }),
+  );
+  const cause = new TypeError("session is undefined");
+  const token = () => {
+    throw cause;
+  };
+  const error = await rejection(server.client({ token }).identity.whoAmI());
+  assert.deepEqual(
+    [error.reason, error.message, error.cause],
+    ["CREDENTIALS_MISSING", "the token function failed: session is undefined", cause],
+  );
+  let failures = 1;
+  const recovering = () => {
+    if (failures-- > 0)
+      throw new TypeError("fetch failed", { cause: Object.assign(new Error(), { code: "ECONNRESET" }) });
+    return "t";
+  };
+  await server.client({ token: recovering }).identity.whoAmI();
+  assert.equal(server.requests.length, 1);
+});
+
 test("a mistyped API key is refused before anything is sent, and is not shown", () => {
   const apiKey =
     "clodei_sk_key_01h455vb4pex5vsknk084sn02q_0123456789abcdefghjkmnpqrstvwxyz0123456789abcdefghjk_00000000";

@@ -162,6 +162,8 @@ export class CallTransport implements Transport {
 
   #errorOf(cause: unknown, signal: AbortSignal): ClodeiError {
     if (signal.aborted) return canceledError(signal);
+    // Not the transport's: it knows nothing of why.
+    if (cause instanceof ClodeiError) return cause;
     const { wire } = this.#defaults;
     const error = toClodeiError(cause);
     const explained = wire.explain(error.cause);

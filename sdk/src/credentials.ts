@@ -6,7 +6,10 @@ import { ClodeiError } from "./errors.ts";
 export type CredentialOptions = {
   /** "clodei_sk_…". */
   readonly apiKey?: string | undefined;
-  /** Returns a token of a configured issuer. Called for every request, so it must cache. */
+  /**
+   * Returns a token of a configured issuer. Called for every request, so it must cache. What it throws is the cause of
+   * the error of the call, CREDENTIALS_MISSING.
+   */
   readonly token?: (() => string | Promise<string>) | undefined;
   /** The organization in whose name a token acts, where its user belongs to several. */
   readonly organization?: string | undefined;
@@ -34,7 +37,18 @@ export function authorizeBy(options: CredentialOptions): Authorize {
     throw new ClodeiError("unauthenticated", "API_KEY_MALFORMED", message);
   }
   return async (headers) => {
-    headers.set("authorization", `Bearer ${apiKey ?? (await token?.()) ?? ""}`);
+    headers.set("authorization", `Bearer ${apiKey ?? (await tokenOf(token))}`);
     if (organization !== undefined) headers.set("clodei-organization", organization);
   };
+}
+
+/** What the function throws is told as its own: a call must not say that the control plane cannot be reached. */
+async function tokenOf(token: CredentialOptions["token"]): Promise<string> {
+  try {
+    return (await token?.()) ?? "";
+  } catch (cause) {
+    if (cause instanceof ClodeiError) throw cause;
+    const message = `the token function failed: ${cause instanceof Error ? cause.message : String(cause)}`;
+    throw new ClodeiError("unauthenticated", "CREDENTIALS_MISSING", message, { cause });
+  }
 }

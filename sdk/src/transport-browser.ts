@@ -6,7 +6,7 @@ import { ConnectError } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-web";
 import { parseEndpoint } from "./endpoint.ts";
 import { ClodeiError } from "./errors.ts";
-import type { Wire, WireOptions } from "./wire.ts";
+import { isCutShort, type Wire, type WireOptions } from "./wire.ts";
 
 /** Opens a wire. Nothing is sent before the first call. */
 export function openWire(options: WireOptions): Wire {
@@ -24,10 +24,11 @@ export function openWire(options: WireOptions): Wire {
   };
 }
 
-/** fetch has one error for all that can happen to a connection; a proxy may also end an answer too early, in order. */
+/** fetch has one error for all that can happen to a connection. */
 function isConnectionLost(error: unknown): boolean {
-  if (!(error instanceof ConnectError) || error.isWireError) return false;
-  return error.cause instanceof TypeError || error.rawMessage === "missing EndStreamResponse";
+  // A token function asks its issuer by fetch, too.
+  if (error instanceof TypeError || isCutShort(error)) return true;
+  return error instanceof ConnectError && !error.isWireError && error.cause instanceof TypeError;
 }
 
 /** The browser tells a page no more than that it did not work. */

@@ -9,7 +9,7 @@ import { createConnectTransport, Http2SessionManager } from "@connectrpc/connect
 import { type ConnectionAttempt, explainConnectionError } from "./connection-errors.ts";
 import { parseEndpoint } from "./endpoint.ts";
 import { ClodeiError } from "./errors.ts";
-import type { Wire, WireOptions } from "./wire.ts";
+import { isCutShort, type Wire, type WireOptions } from "./wire.ts";
 
 /** A peer that went away without a word is found out within this time plus the next, also on a silent stream. */
 const pingIntervalMs = 10_000;
@@ -167,7 +167,7 @@ function explain(error: unknown, attempt: ConnectionAttempt): string | undefined
 function isConnectionLost(error: unknown): boolean {
   // The server itself answered: whatever it said, the connection was there.
   if (error instanceof ConnectError && error.isWireError) return false;
-  if (nodeCodes(error).some((code) => lostConnectionCodes.has(code))) return true;
+  if (isCutShort(error) || nodeCodes(error).some((code) => lostConnectionCodes.has(code))) return true;
   // The server, or a proxy, reset the stream: connect-node makes these errors without a cause.
   if (!(error instanceof ConnectError) || error.cause !== undefined || !resetCodes.has(error.code)) return false;
   // So it makes the error for a message that cannot be written or read, which is so at every try.

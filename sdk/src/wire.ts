@@ -1,5 +1,5 @@
 /** What a platform (Node, a browser) must bring: a transport, and what it alone knows about its failures. */
-import type { Transport } from "@connectrpc/connect";
+import { ConnectError, type Transport } from "@connectrpc/connect";
 
 /** A connection to the control plane. */
 export type Wire = {
@@ -14,6 +14,14 @@ export type Wire = {
   /** Closes the connection. Calls in progress are canceled. */
   close(): void;
 };
+
+/** Connect's words for a stream that ended without its last message, or inside one. */
+const cutShort = /^(protocol error: )?(incomplete envelope|missing EndStreamResponse)$/u;
+
+/** Whether this is the error of a stream that was ended in order, and too early: proxies do so to what they cut. */
+export function isCutShort(error: unknown): boolean {
+  return error instanceof ConnectError && !error.isWireError && cutShort.test(error.rawMessage);
+}
 
 /** Where the control plane is, and how to be sure that it is it. */
 export type WireOptions = {
