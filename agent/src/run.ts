@@ -16,7 +16,7 @@ import { IdentityStore } from "./identity/identity-store.ts";
 import type { Identity } from "./identity/identity-store.ts";
 import { ignoreMissing, StateFolder, StateFolderError, writeFileAtomically } from "./identity/state-folder.ts";
 import type { StatePaths } from "./identity/state-folder.ts";
-import { readGpus, simulateGpus } from "./inventory/gpu.ts";
+import { readGpusByTool, simulateGpus } from "./inventory/gpu.ts";
 import { readHost } from "./inventory/host.ts";
 import { Inventory } from "./inventory/inventory.ts";
 import type { GpuReadings } from "./inventory/readings.ts";
@@ -45,8 +45,8 @@ export async function openInventory(options: {
     host: await readHost(),
     readGpus: async (signal) =>
       simulatedGpus === undefined
-        ? await readGpus({ nvidiaSmi, rocmSmi, searchPath, ...(signal === undefined ? {} : { signal }) })
-        : await readSimulatedGpus(simulatedGpus, options.nodeName, options.config.simulatedGpuHealth),
+        ? await readGpusByTool({ nvidiaSmi, rocmSmi, searchPath, ...(signal === undefined ? {} : { signal }) })
+        : [await readSimulatedGpus(simulatedGpus, options.nodeName, options.config.simulatedGpuHealth)],
     workspaceFolder: options.workspaceFolder,
     dockerVersion: options.dockerVersion,
     ...(intervalMs === undefined ? {} : { intervalMs }),

@@ -59,7 +59,7 @@ async function connectOne(range: AgentRange, index: number, nodeEndpoint: string
   const journal = Journal.open(join(folder, nodeEndpoint === undefined ? "journal.db" : "echo-journal.db"));
   const inventory = await Inventory.open({
     host,
-    readGpus: () => Promise.resolve(simulateGpus(gpus, identity.nodeId)),
+    readGpus: () => Promise.resolve([simulateGpus(gpus, identity.nodeId)]),
     workspaceFolder: folder,
     dockerVersion: () => "",
   });

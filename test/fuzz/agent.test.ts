@@ -240,7 +240,7 @@ async function startAgent(engine: PrivateEngine, authority: TestAuthority, port:
     simulatedGpus: new Set(gpuUuids),
   });
   const inventory = await Inventory.open({
-    readGpus: () => Promise.resolve(readings),
+    readGpus: () => Promise.resolve([readings]),
     host: await readHost(),
     workspaceFolder: folder,
     dockerVersion: () => "",

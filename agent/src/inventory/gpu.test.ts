@@ -339,7 +339,7 @@ describe("the inventory", () => {
   it("fits the contract, and tells of a change once", async () => {
     let readings = simulateGpus(parseSimulatedGpus("1xH100-SXM"), "a");
     const inventory = await Inventory.open({
-      readGpus: async () => readings,
+      readGpus: async () => [readings],
       host: await readHost(),
       workspaceFolder: "/",
       dockerVersion: () => "20.10",
@@ -374,7 +374,7 @@ describe("the inventory", () => {
     assert.ok(first && second && third);
     let readings = all;
     const inventory = await Inventory.open({
-      readGpus: async () => readings,
+      readGpus: async () => [readings],
       host: await readHost(),
       workspaceFolder: "/",
       dockerVersion: () => "20.10",
@@ -394,5 +394,39 @@ describe("the inventory", () => {
     readings = all;
     await inventory.refresh();
     assert.deepEqual(ill(), []);
+  });
+
+  it("tells a lost device by its own tool's words, and counts both tools' devices on", async () => {
+    const [one, other] = [
+      simulateGpus(parseSimulatedGpus("2xH100-SXM"), "a"),
+      simulateGpus(parseSimulatedGpus("2xL40S"), "b"),
+    ];
+    let readings = [one, other];
+    const inventory = await Inventory.open({
+      readGpus: async () => readings,
+      host: await readHost(),
+      workspaceFolder: "/",
+      dockerVersion: () => "20.10",
+    });
+    readings = [
+      { gpus: [], error: "nvidia-smi: driver mismatch" },
+      { gpus: other.gpus.slice(0, 1), error: "" },
+    ];
+    await inventory.refresh();
+    const { gpus, gpuError } = inventory.current();
+    assert.equal(gpuError, "nvidia-smi: driver mismatch");
+    assert.deepEqual(
+      gpus.map(({ index, healthMessage }) => [index, healthMessage]),
+      [
+        [0, "nvidia-smi: driver mismatch"],
+        [1, "nvidia-smi: driver mismatch"],
+        [2, ""],
+        [3, "the driver's tool no longer tells of it"],
+      ],
+    );
+    assert.deepEqual(
+      inventory.gpuStatuses().map(({ uuid }) => uuid),
+      gpus.map(({ uuid }) => uuid),
+    );
   });
 });

@@ -7,7 +7,7 @@ import type { GpuModel } from "@clodei/proto/gpu-models";
 import { GpuHealth, GpuLinkSchema, GpuSchema, MigMode } from "@clodei/proto/gen/clodei/v1/inventory";
 import { parseNvidiaSmi } from "./nvidia-smi.ts";
 import { parseTopology } from "./nvidia-topology.ts";
-import { noGpus } from "./readings.ts";
+import { joinReadings, noGpus } from "./readings.ts";
 import type { GpuReadings } from "./readings.ts";
 import { parseRocmSmi } from "./rocm-smi.ts";
 import { callTool, describeFailure } from "./tool.ts";
@@ -24,11 +24,12 @@ export interface GpuTools {
 
 /** Reads the node's GPUs. No tool means no GPUs; a tool that fails means an error. Never throws but for an abort. */
 export async function readGpus(tools: GpuTools): Promise<GpuReadings> {
-  const [nvidia, amd] = await Promise.all([readNvidiaGpus(tools), readAmdGpus(tools)]);
-  const error = [nvidia.error, amd.error].filter((part) => part !== "").join("; ");
-  // One count for the node: the second vendor's devices follow the first one's.
-  const others = amd.gpus.map((gpu) => create(GpuSchema, { ...gpu, index: gpu.index + nvidia.gpus.length }));
-  return { gpus: [...nvidia.gpus, ...others], error: error.slice(0, 1024) };
+  return joinReadings(await readGpusByTool(tools));
+}
+
+/** The same, each tool's by themselves and always in the same order: a tool that fails says nothing of another's GPUs. */
+export function readGpusByTool(tools: GpuTools): Promise<readonly GpuReadings[]> {
+  return Promise.all([readNvidiaGpus(tools), readAmdGpus(tools)]);
 }
 
 async function readNvidiaGpus({ nvidiaSmi: tool, ...how }: GpuTools): Promise<GpuReadings> {

@@ -8,7 +8,7 @@ import { GpuHealth, GpuSchema, NodeInventorySchema } from "@clodei/proto/gen/clo
 import type { Gpu, Host, NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
 import { sleep } from "../sleep.ts";
 import { freeMib } from "./host.ts";
-import { maxGpus } from "./readings.ts";
+import { joinReadings } from "./readings.ts";
 import type { GpuReadings } from "./readings.ts";
 
 /** How often GPUs are read, if nothing else is said: as often as heartbeats carry their health. */
@@ -19,16 +19,16 @@ const freeStepMib = 1024;
 
 /** The node's inventory, current to within an interval. */
 export class Inventory {
-  readonly #readGpus: (signal?: AbortSignal) => Promise<GpuReadings>;
+  readonly #readGpus: InventoryOptions["readGpus"];
   readonly #host: Host;
   readonly #workspaceFolder: string;
   readonly #dockerVersion: () => string;
   readonly #intervalMs: number;
-  #readings: GpuReadings;
+  #readings: readonly GpuReadings[];
   #current: NodeInventory;
   readonly #listeners = new Set<() => void>();
 
-  private constructor(options: InventoryOptions, readings: GpuReadings, free: number | undefined) {
+  private constructor(options: InventoryOptions, readings: readonly GpuReadings[], free: number | undefined) {
     this.#readGpus = options.readGpus;
     this.#host = options.host;
     this.#workspaceFolder = options.workspaceFolder;
@@ -51,7 +51,7 @@ export class Inventory {
 
   /** Health and use of each GPU, for a heartbeat. */
   gpuStatuses(): GpuStatus[] {
-    return this.#readings.gpus.map(({ uuid, health, healthMessage, telemetry }) =>
+    return this.#current.gpus.map(({ uuid, health, healthMessage, telemetry }) =>
       create(GpuStatusSchema, {
         uuid,
         health,
@@ -71,7 +71,7 @@ export class Inventory {
   /** Reads everything that may change again. */
   async refresh(signal?: AbortSignal): Promise<void> {
     const [readings, free] = await Promise.all([this.#readGpus(signal), freeMib(this.#workspaceFolder)]);
-    this.#readings = withLost(readings, this.#readings.gpus);
+    this.#readings = readings.map((part, tool) => withLost(part, this.#readings[tool]?.gpus ?? []));
     const next = this.#compose(this.#readings, free);
     const isSame = equals(NodeInventorySchema, withoutTelemetry(next), withoutTelemetry(this.#current));
     this.#current = next;
@@ -87,11 +87,12 @@ export class Inventory {
     }
   }
 
-  #compose(readings: GpuReadings, free: number | undefined): NodeInventory {
+  #compose(readings: readonly GpuReadings[], free: number | undefined): NodeInventory {
+    const { gpus, error } = joinReadings(readings);
     const workspaceFreeMib = Math.min(Math.floor((free ?? 0) / freeStepMib) * freeStepMib, 0xffff_ffff);
     return create(NodeInventorySchema, {
-      gpus: [...readings.gpus],
-      gpuError: readings.error,
+      gpus: [...gpus],
+      gpuError: error,
       host: { ...this.#host, dockerVersion: this.#dockerVersion().slice(0, 64), workspaceFreeMib },
     });
   }
@@ -99,7 +100,8 @@ export class Inventory {
 
 /** What an inventory is made of. */
 export interface InventoryOptions {
-  readonly readGpus: (signal?: AbortSignal) => Promise<GpuReadings>;
+  /** What each tool tells, the tools always in the same order. */
+  readonly readGpus: (signal?: AbortSignal) => Promise<readonly GpuReadings[]>;
   readonly host: Host;
   readonly workspaceFolder: string;
   /** The engine's version as last seen; empty while it does not answer. */
@@ -117,7 +119,7 @@ function withLost({ gpus, error }: GpuReadings, before: readonly Gpu[]): GpuRead
   const present = new Set(gpus.map(({ uuid }) => uuid));
   const why = error === "" ? "the driver's tool no longer tells of it" : error;
   const missing = before.filter(({ uuid }) => !present.has(uuid)).map((gpu) => lost(gpu, why));
-  return { gpus: [...gpus, ...missing].slice(0, maxGpus), error };
+  return { gpus: [...gpus, ...missing], error };
 }
 
 function lost(gpu: Gpu, error: string): Gpu {

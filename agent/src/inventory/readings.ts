@@ -1,5 +1,7 @@
 // What one look at the node's GPUs told.
 
+import { create } from "@bufbuild/protobuf";
+import { GpuSchema } from "@clodei/proto/gen/clodei/v1/inventory";
 import type { Gpu } from "@clodei/proto/gen/clodei/v1/inventory";
 
 /** Newest data center boards have 16 GPUs a host; the contract takes 64. */
@@ -14,3 +16,16 @@ export interface GpuReadings {
 
 /** A node that has none. */
 export const noGpus: GpuReadings = { gpus: [], error: "" };
+
+/** What several tools told, as one. One count for the node: a tool's devices follow those of the tool before. */
+export function joinReadings(parts: readonly GpuReadings[]): GpuReadings {
+  const gpus: Gpu[] = [];
+  for (const part of parts) {
+    const before = gpus.length;
+    gpus.push(
+      ...part.gpus.map((gpu) => (before === 0 ? gpu : create(GpuSchema, { ...gpu, index: gpu.index + before }))),
+    );
+  }
+  const errors = parts.map(({ error }) => error).filter((error) => error !== "");
+  return { gpus: gpus.slice(0, maxGpus), error: errors.join("; ").slice(0, 1024) };
+}

@@ -128,7 +128,7 @@ async function withLink(
   const troubles = new Map<number, string>();
   const model = { model: "H100-SXM", productName: "NVIDIA H100 80GB HBM3", memoryMib: 81559 };
   const inventory = await Inventory.open({
-    readGpus: async () => simulateGpus([model], identity.nodeId, troubles),
+    readGpus: async () => [simulateGpus([model], identity.nodeId, troubles)],
     host: await readHost(),
     workspaceFolder: folder,
     dockerVersion: () => "",
