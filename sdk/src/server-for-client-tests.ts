@@ -45,7 +45,11 @@ export async function startServerForClientTests(
     requests.push({ method: request.method.name, message, header: new Headers(request.header) });
     return await next(request);
   };
-  const server = createSecureServer({ cert: certificate, key }, connectNodeAdapter({ routes, interceptors: [record] }));
+  const server = createSecureServer(
+    // The control plane's own limit.
+    { cert: certificate, key, settings: { maxConcurrentStreams: 100 } },
+    connectNodeAdapter({ routes, interceptors: [record] }),
+  );
   const { sessions, sockets } = trackConnections(server);
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
   const endpoint = `https://127.0.0.1:${(server.address() as AddressInfo).port}`;

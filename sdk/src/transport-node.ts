@@ -17,6 +17,11 @@ const pingTimeoutMs = 5_000;
 /** Messages are at most 4 MiB by the API's own limit. */
 const maxMessageBytes = 4 * 1024 * 1024;
 
+/** What the control plane, and most proxies, allow at once on a connection. One more would wait without a word. */
+const maxStreamsPerConnection = 100;
+/** Calls past all of them wait for others: a client is not to use up what its address may have. */
+const maxConnections = 8;
+
 /** Node's codes for a connection that was lost or could not be made, and may be made at the next try. */
 const lostConnectionCodes: ReadonlySet<string> = new Set([
   "ECONNREFUSED",
@@ -49,48 +54,97 @@ export function openWire(options: WireOptions): Wire {
       `ca must be PEM text and not the name of a file: readFileSync(FILE, "utf8")`,
     );
   }
-  const sessionManager = new Http2SessionManager(
-    url.origin,
-    { pingIntervalMs, pingTimeoutMs },
-    options.ca === undefined ? {} : { ca: options.ca },
-  );
+  const connections = new Connections(() => {
+    const tls = options.ca === undefined ? {} : { ca: options.ca };
+    const manager = new Http2SessionManager(url.origin, { pingIntervalMs, pingTimeoutMs }, tls);
+    return { manager, guard: guardOf(manager, options.connectTimeoutMs), calls: 0 };
+  });
   /** The signal of the call for which a request is made: connect-node does not hand it down. */
   const signals = new AsyncLocalStorage<AbortSignal | undefined>();
   const transport = createConnectTransport({
     baseUrl: url.href,
     httpVersion: "2",
     sessionManager: {
-      authority: sessionManager.authority,
+      authority: url.origin,
       async request(...request) {
-        const stream = await sessionManager.request(...request);
+        const stream = await connections.request(...request);
         keepErrorsHandled(stream.session);
         const signal = signals.getStore();
         if (signal !== undefined) discardAfterAbort(stream, signal);
         return stream;
       },
-      notifyResponseByteRead: (stream) => sessionManager.notifyResponseByteRead(stream),
+      notifyResponseByteRead: (stream) => connections.notifyResponseByteRead(stream),
     },
     readMaxBytes: maxMessageBytes,
     writeMaxBytes: maxMessageBytes,
     // Our answers are small; decompression would cost more than the bytes.
     acceptCompression: [],
   });
-  const guardConnecting = guardOf(sessionManager, options.connectTimeoutMs);
   return {
     transport: {
       async unary(...call) {
-        guardConnecting();
         return await signals.run(call[1], async () => await transport.unary(...call));
       },
       async stream(...call) {
-        guardConnecting();
         return await signals.run(call[1], async () => await transport.stream(...call));
       },
     },
     isConnectionLost,
     explain: (error) => explain(error, { origin: url.origin, hasCa: options.ca !== undefined }),
-    close: () => sessionManager.abort(),
+    close: () => connections.close(),
   };
+}
+
+type Connection = {
+  readonly manager: Http2SessionManager;
+  /** To be called before each request. */
+  readonly guard: () => void;
+  /** Calls that are on it, or wait for it to be made. */
+  calls: number;
+};
+
+/** A client's connections: the next one is made when those before it are full. One that is idle is closed in time. */
+class Connections {
+  readonly #open: () => Connection;
+  readonly #all: Connection[] = [];
+  readonly #byStream = new WeakMap<ClientHttp2Stream, Connection>();
+
+  constructor(open: () => Connection) {
+    this.#open = open;
+  }
+
+  async request(...request: Parameters<Http2SessionManager["request"]>): Promise<ClientHttp2Stream> {
+    const connection = this.#withRoom();
+    connection.calls++;
+    try {
+      connection.guard();
+      const stream = await connection.manager.request(...request);
+      this.#byStream.set(stream, connection);
+      stream.once("close", () => connection.calls--);
+      return stream;
+    } catch (error) {
+      connection.calls--;
+      throw error;
+    }
+  }
+
+  notifyResponseByteRead(stream: ClientHttp2Stream): void {
+    this.#byStream.get(stream)?.manager.notifyResponseByteRead(stream);
+  }
+
+  close(): void {
+    for (const { manager } of this.#all) manager.abort();
+  }
+
+  #withRoom(): Connection {
+    const [emptiest] = this.#all.toSorted((one, other) => one.calls - other.calls);
+    const free = this.#all.find(({ calls }) => calls < maxStreamsPerConnection);
+    if (free !== undefined) return free;
+    if (emptiest !== undefined && this.#all.length === maxConnections) return emptiest;
+    const connection = this.#open();
+    this.#all.push(connection);
+    return connection;
+  }
 }
 
 /**

@@ -45,6 +45,28 @@ function inShort(event: WatchEvent<Instance>): string {
   }
 }
 
+test("as many watches as a connection takes leave room for calls and for more watches", async () => {
+  let open = 0;
+  await using server = await startServerForClientTests(
+    instances({
+      async *watchInstances(_request, context) {
+        open++;
+        yield snapshot(instance(1, InstanceState.PENDING));
+        await ended(context.signal);
+        open--;
+      },
+      getInstance: () => ({ instance: instance(1, InstanceState.PENDING) }),
+    }),
+  );
+  const client = server.client();
+  const watches = Array.from({ length: 250 }, () => client.instances.watch()[Symbol.asyncIterator]());
+  const events = await Promise.all(watches.map((watch) => watch.next()));
+  assert.ok(events.every(({ done }) => done !== true));
+  assert.equal((await client.instances.get(id)).id, id);
+  assert.equal(open, 250);
+  client.close();
+});
+
 test("a watch goes on from its cursor after a cut connection, a drained one and a server that ends it", async () => {
   const cursors: string[] = [];
   const breaks = [() => server.cutConnections(), () => server.drainConnections(), () => undefined];
