@@ -6,7 +6,8 @@
  * of the control plane's return: after this wait, or after the second that a dial to a silent host has left and this
  * wait, it needs one connection and a few messages. A fleet of 2,000 that finds nobody knocks 1,300 times a second,
  * which costs refused packets alone. On the return it comes spread over the 3 s, each node once: who finds the control
- * plane busy then waits in the handshake, up to 10 s, and for Welcome, up to 15, instead of knocking again.
+ * plane busy then waits in the handshake, up to 10 s, and for Welcome, up to 15, instead of knocking again. So a large
+ * fleet is back when its handshakes are done: 300 nodes took no longer with this cap than with one of 10 s.
  */
 export const maxAwayBackoffMs = 3_000;
 /** The longest wait after an answer that was a refusal: each try costs the control plane a handshake and a look. */
