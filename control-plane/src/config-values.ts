@@ -15,7 +15,9 @@ export function parsePort(text: string): number {
 
 /** "host:port", or nothing. */
 export function parseEndpoint(text: string): string {
-  if (text !== "" && !/^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}$/.test(text)) throw new Error("must be host:port");
+  if (text === "") return text;
+  const port = Number(/^(?:\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):(\d{1,5})$/.exec(text)?.[1] ?? 0);
+  if (port < 1 || port > 65_535 || !URL.canParse(`https://${text}`)) throw new Error("must be host:port");
   return text;
 }
 

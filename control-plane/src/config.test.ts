@@ -45,7 +45,13 @@ test("other control planes are told an address that leads here", () => {
     assert.equal(loadConfig({ environment: given }).replicaEndpoint, "10.0.0.7:8445");
   }
   assert.match(problemsOf({ CLODEI_REPLICA_ENDPOINT: "10.0.0.7:8445" }), /has no use without CLODEI_REPLICA_HOST/);
-  assert.match(problemsOf({}, { "--replica-endpoint": "here" }), /--replica-endpoint .*must be host:port/);
+  for (const endpoint of ["here", "host:0", "host:70000", "1.2.3.999:8445", "[1:2]:3"]) {
+    assert.match(
+      problemsOf({}, { "--replica-endpoint": endpoint }),
+      /--replica-endpoint .*must be host:port/,
+      endpoint,
+    );
+  }
   const config = loadConfig({ environment: { CLODEI_REPLICA_HOST: "10.0.0.7" } });
   assert.deepEqual([config.replicaHost, config.replicaPort, config.replicaEndpoint], ["10.0.0.7", 8445, ""]);
   assert.equal(loadConfig({ environment: {} }).replicaHost, "");

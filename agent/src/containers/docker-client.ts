@@ -24,7 +24,7 @@ export interface EngineCall {
   /** Sent as JSON. */
   readonly body?: object;
   readonly headers?: Readonly<Record<string, string>>;
-  /** Until its answer has been read. Default: 30 s to look, 120 s to change. */
+  /** Until its answer has been read. Default: 30 s to look, 120 s to change. None for `wait` and `stream`. */
   readonly timeoutMs?: number;
 }
 

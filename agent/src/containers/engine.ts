@@ -198,8 +198,9 @@ export class ContainerEngine {
     // Docker counts in seconds.
     const graceSeconds = Math.ceil(graceMs / 1000);
     if ((await this.#containers.find(key, signal)) === undefined) return;
-    const path = `/containers/${name}/stop?t=${graceSeconds}`;
-    await this.#containers.act("stop the container", path, signal, graceSeconds * 1000).catch(unless(304, 404));
+    await this.#containers
+      .act("stop the container", `/containers/${name}/stop`, signal, { t: graceSeconds })
+      .catch(unless(304, 404));
   }
 
   /** Removes an attempt's container with its network. */

@@ -106,8 +106,14 @@ export class NodeContainers {
     return (created as { readonly Id: string }).Id;
   }
 
-  /** Has the engine do something to a container. @param extraMs How much longer than most changes it may take. */
-  async act(what: string, path: string, signal: AbortSignal, extraMs = 0): Promise<void> {
-    await this.#client.json(what, { method: "POST", path, timeoutMs: changeTimeoutMs + extraMs }, signal);
+  /** Has the engine do something to a container. `t`: a grace in seconds, and how much longer the call may take for it. */
+  async act(what: string, path: string, signal: AbortSignal, options: { readonly t?: number } = {}): Promise<void> {
+    const { t } = options;
+    const query = t === undefined ? {} : { t: String(t) };
+    await this.#client.json(
+      what,
+      { method: "POST", path, query, timeoutMs: changeTimeoutMs + (t ?? 0) * 1000 },
+      signal,
+    );
   }
 }

@@ -14,6 +14,7 @@ import { readHost } from "./host.ts";
 import { Inventory } from "./inventory.ts";
 import { parseNvidiaSmi } from "./nvidia-smi.ts";
 import { readSimulatedHealth } from "./simulated-health.ts";
+import { noGpus } from "./readings.ts";
 
 interface Fields {
   readonly uuid?: string;
@@ -428,5 +429,24 @@ describe("the inventory", () => {
       inventory.gpuStatuses().map(({ uuid }) => uuid),
       gpus.map(({ uuid }) => uuid),
     );
+  });
+
+  it("keeps as many lost devices as there is room for, none of them in the place of one that works", async () => {
+    const names = Array.from({ length: 200 }, (_, index) => `node-${index}`);
+    const works = simulateGpus(parseSimulatedGpus("8xL40S"), "b");
+    const others = names.map((name) => simulateGpus(parseSimulatedGpus("1xH100-SXM"), name));
+    let look = 0;
+    const inventory = await Inventory.open({
+      readGpus: async () => [others[look++ % others.length] ?? noGpus, works],
+      host: await readHost(),
+      workspaceFolder: "/",
+      dockerVersion: () => "20.10",
+    });
+    for (const _ of names) await inventory.refresh();
+    const { gpus } = inventory.current();
+    assert.equal(gpus.length, 64);
+    const healthy = gpus.filter(({ health }) => health === GpuHealth.HEALTHY).map(({ uuid }) => uuid);
+    assert.equal(healthy.length, 9);
+    for (const { uuid } of works.gpus) assert.ok(healthy.includes(uuid));
   });
 });

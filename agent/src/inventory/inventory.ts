@@ -8,7 +8,7 @@ import { GpuHealth, GpuSchema, NodeInventorySchema } from "@clodei/proto/gen/clo
 import type { Gpu, Host, NodeInventory } from "@clodei/proto/gen/clodei/v1/inventory";
 import { sleep } from "../sleep.ts";
 import { freeMib } from "./host.ts";
-import { joinReadings } from "./readings.ts";
+import { joinReadings, maxGpus } from "./readings.ts";
 import type { GpuReadings } from "./readings.ts";
 
 /** How often GPUs are read, if nothing else is said: as often as heartbeats carry their health. */
@@ -119,7 +119,8 @@ function withLost({ gpus, error }: GpuReadings, before: readonly Gpu[]): GpuRead
   const present = new Set(gpus.map(({ uuid }) => uuid));
   const why = error === "" ? "the driver's tool no longer tells of it" : error;
   const missing = before.filter(({ uuid }) => !present.has(uuid)).map((gpu) => lost(gpu, why));
-  return { gpus: [...gpus, ...missing], error };
+  // One that shows others each time must not fill the memory.
+  return { gpus: [...gpus, ...missing].slice(0, maxGpus), error };
 }
 
 function lost(gpu: Gpu, error: string): Gpu {

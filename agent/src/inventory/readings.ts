@@ -1,7 +1,7 @@
 // What one look at the node's GPUs told.
 
 import { create } from "@bufbuild/protobuf";
-import { GpuSchema } from "@clodei/proto/gen/clodei/v1/inventory";
+import { GpuHealth, GpuSchema } from "@clodei/proto/gen/clodei/v1/inventory";
 import type { Gpu } from "@clodei/proto/gen/clodei/v1/inventory";
 
 /** Newest data center boards have 16 GPUs a host; the contract takes 64. */
@@ -27,5 +27,8 @@ export function joinReadings(parts: readonly GpuReadings[]): GpuReadings {
     );
   }
   const errors = parts.map(({ error }) => error).filter((error) => error !== "");
-  return { gpus: gpus.slice(0, maxGpus), error: errors.join("; ").slice(0, 1024) };
+  // What is left out where there are too many is not what works.
+  const works = ({ health }: Gpu): boolean => health !== GpuHealth.UNHEALTHY;
+  const all = gpus.length <= maxGpus ? gpus : [...gpus.filter(works), ...gpus.filter((gpu) => !works(gpu))];
+  return { gpus: all.slice(0, maxGpus), error: errors.join("; ").slice(0, 1024) };
 }

@@ -39,6 +39,7 @@ export class Link {
   #identity: Identity;
   /** Where the clocks of node and CA are half a life apart, a new certificate is due at once: not in a circle. */
   #renewNotBeforeMs = 0;
+  #renewedExpiredMs = Number.NEGATIVE_INFINITY;
 
   constructor(options: LinkOptions) {
     this.#options = options;
@@ -109,7 +110,8 @@ export class Link {
     ended.abort();
     await renewal;
     // It ran out in the session, or this node's clock is behind: neither takes an operator.
-    if (end.reason === ErrorReason.CERTIFICATE_INVALID) return await this.#renewExpired(signal);
+    const mayRenew = performance.now() - this.#renewedExpiredMs >= expiredRenewalGapMs;
+    if (end.reason === ErrorReason.CERTIFICATE_INVALID && mayRenew) return await this.#renewExpired(signal);
     return renewed.signal.aborted && end.reason === undefined ? "again" : end;
   }
 
@@ -143,6 +145,7 @@ export class Link {
         { expireTime: this.#identity.certificate.validToDate.toISOString() },
         "renewed the certificate that had run out",
       );
+      this.#renewedExpiredMs = performance.now();
       return "again";
     } catch (error) {
       if (error instanceof CertificateTooOldError) this.#log.error(error.message);
@@ -150,6 +153,9 @@ export class Link {
     }
   }
 }
+
+/** A control plane that takes no certificate of its own, because its replicas' clocks disagree, is not asked in a circle. */
+const expiredRenewalGapMs = 10_000;
 
 /** The least time between two renewals. */
 function renewalGapMs({ certificate }: Identity): number {

@@ -70,6 +70,8 @@ export class HeartbeatBatcher implements AsyncDisposable {
         // Not acknowledged: the agents send the next one, and the lease has room for two that are lost.
         this.#options.log.warn({ err: error, heartbeats: batch.length }, "heartbeats could not be recorded");
       }
+      // Each session's loop holds its last message until the next one comes.
+      for (const [, heartbeat] of batch) heartbeat.gpus = [];
     }
   }
 

@@ -237,7 +237,14 @@ export class LogRelay {
 }
 
 /** What a reader is told where there are as many streams as there may be. */
-export function tooManyStreams(retryAfterMs: number): DomainError {
+/** Too many for one link between replicas, or for the node: a reader may have none of them. */
+export function tooManyRelayed(retryAfterMs: number): DomainError {
+  return new DomainError(ErrorReason.RATE_LIMITED, "too many log streams are open: close one, or try again later", {
+    retryAfterMs,
+  });
+}
+
+function tooManyStreams(retryAfterMs: number): DomainError {
   return new DomainError(ErrorReason.RATE_LIMITED, "too many log streams of this node are open: close one first", {
     retryAfterMs,
   });

@@ -9,7 +9,7 @@ import type { Authority } from "../nodes/service.ts";
 import type { Clock } from "../platform/clock.ts";
 import type { Log } from "../platform/log.ts";
 import type { DispatchLimits } from "./limits.ts";
-import { LogLinkBroken, LogsNotHeld, type LogPiece, type LogsQuery, tooManyStreams } from "./log-relay.ts";
+import { LogLinkBroken, LogsNotHeld, type LogPiece, type LogsQuery, tooManyRelayed } from "./log-relay.ts";
 import type { DispatchMetrics } from "./metrics.ts";
 import { type ReplicaAddress, ReplicaConnection, type ReplicaTlsMaterial } from "./replica-connection.ts";
 import { Seldom } from "./seldom.ts";
@@ -62,10 +62,11 @@ export class ReplicaClient implements Disposable {
     query: LogsQuery,
     signal: AbortSignal,
   ): AsyncGenerator<LogPiece> {
+    signal.throwIfAborted();
     const { limits, metrics } = this.#options;
     const connection = this.#connectionTo(address);
     using slot = connection.takeStream();
-    if (slot === undefined) throw tooManyStreams(limits.nodeUnreachableRetryMs);
+    if (slot === undefined) throw tooManyRelayed(limits.nodeUnreachableRetryMs);
     const leave = new AbortController();
     const late = setTimeout(() => leave.abort(), limits.replicaAnswerTimeoutMs);
     metrics.replicaStreams.inc({ side: "asks" });
@@ -110,6 +111,8 @@ export class ReplicaClient implements Disposable {
     if (performance.now() - failedAtMs < limits.replicaRetryMs) {
       throw new LogLinkBroken("the replica could not be reached a moment ago");
     }
+    // It stands in the database as another version of the program may have written it.
+    if (!URL.canParse(`https://${address.endpoint}`)) throw new LogLinkBroken("the replica's endpoint is none");
     if (this.#all.size >= limits.maxReplicaConnections) throw new LogLinkBroken("too many connections to replicas");
     const connection = new ReplicaConnection({
       ...address,
@@ -151,7 +154,7 @@ export class ReplicaClient implements Disposable {
     const { limits, log } = this.#options;
     const reason = error.findDetails(ErrorInfoSchema)[0]?.reason;
     if (reason === "NOT_FOUND") return new LogsNotHeld();
-    if (reason === "RATE_LIMITED") return tooManyStreams(limits.nodeUnreachableRetryMs);
+    if (reason === "RATE_LIMITED") return tooManyRelayed(limits.nodeUnreachableRetryMs);
     const isUsual = error.code === Code.Unavailable || error.code === Code.Canceled;
     if (!isUsual && this.#tellRefusal.isDue()) {
       log.warn({ err: error, replicaId }, "another control plane refused to relay output");

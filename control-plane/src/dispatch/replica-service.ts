@@ -23,7 +23,7 @@ import { encodeMessage, type Encoded, type GrpcHandlers } from "./grpc-adapter.t
 import { toGrpcError } from "./grpc-errors.ts";
 import type { Received } from "./incoming.ts";
 import type { DispatchLimits } from "./limits.ts";
-import { LogLinkBroken, LogsNotHeld, type LogRelay, type LogsQuery, tooManyStreams } from "./log-relay.ts";
+import { LogLinkBroken, LogsNotHeld, type LogRelay, type LogsQuery, tooManyRelayed } from "./log-relay.ts";
 import type { DispatchMetrics } from "./metrics.ts";
 import type { NodeSession } from "./node-session.ts";
 import type { SessionKeeper } from "./session-keeper.ts";
@@ -61,6 +61,7 @@ export class ReplicaServer {
   readonly #options: ReplicaServerOptions;
   /** What still runs, so that closing can wait for it. */
   readonly #running = new Set<Promise<void>>();
+  #streams = 0;
 
   constructor(options: ReplicaServerOptions) {
     this.#options = options;
@@ -83,6 +84,12 @@ export class ReplicaServer {
     while (this.#running.size > 0) await Promise.allSettled(this.#running);
   }
 
+  #takeSlot(): Disposable | undefined {
+    if (this.#streams >= this.#options.limits.maxReplicaStreams) return undefined;
+    this.#streams += 1;
+    return { [Symbol.dispose]: () => void (this.#streams -= 1) };
+  }
+
   /** Never rejects. */
   async #relayLogs(peer: ReplicaCertificate | undefined, call: RelayCall): Promise<void> {
     const { draining, metrics, limits } = this.#options;
@@ -98,7 +105,9 @@ export class ReplicaServer {
     metrics.replicaStreams.inc({ side: "serves" });
     try {
       mayGoOn();
-      if (this.#running.size > limits.maxReplicaStreams) throw tooManyStreams(limits.nodeUnreachableRetryMs);
+      // Only of those that were admitted: whoever reaches the port may open streams, and none of them counts.
+      using slot = this.#takeSlot();
+      if (slot === undefined) throw tooManyRelayed(limits.nodeUnreachableRetryMs);
       const { session, organizationId, query } = await this.#find(call.request);
       signal.throwIfAborted();
       call.sendMetadata(new Metadata());

@@ -258,9 +258,9 @@ export class Database implements AsyncDisposable {
  * @throws TypeError where something is no id: nothing but letters, digits, "_" and "-".
  */
 export function idArray(ids: readonly (string | bigint)[]): string {
-  const text = ids.join(",");
-  if (!/^[\w,-]*$/.test(text)) throw new TypeError("not ids");
-  return `{${text}}`;
+  // What reads "null" is null where it stands without quotes.
+  if (!ids.every((id) => /^(?!null$)[\w-]+$/i.test(String(id)))) throw new TypeError("not ids");
+  return `{${ids.join(",")}}`;
 }
 
 /** @param effects Where effects wait for the commit; "at once" where each statement commits by itself. */
