@@ -72,8 +72,8 @@ test("node_modules are installed anew where they are not what the lock says, and
   const other = join(copy, "node_modules/.package-lock.json");
   writeFileSync(other, installed);
   assert.equal(packagesMismatch(copy), undefined);
-  writeFileSync(other, installed.replace(/(node_modules\/dockerode": \{\s+"version": )"5\.0\.1"/u, '$1"5.0.0"'));
-  assert.match(packagesMismatch(copy) ?? "", /node_modules\/dockerode is 5\.0\.0, the lock says 5\.0\.1/u);
+  writeFileSync(other, installed.replace(/(node_modules\/pino": \{\s+"version": )"[^"]+"/u, '$1"0.0.1"'));
+  assert.match(packagesMismatch(copy) ?? "", /node_modules\/pino is 0\.0\.1, the lock says [1-9]/u);
   const cut = JSON.parse(installed) as { packages: Record<string, unknown> };
   const { "node_modules/pg": _dropped, ...packages } = cut.packages;
   writeFileSync(other, JSON.stringify({ ...cut, packages }));
