@@ -59,7 +59,7 @@ export type RunningControlPlane = {
   readonly replicaEndpoint: string | undefined;
   /** "http://127.0.0.1:port" of health and metrics. */
   readonly operationsUrl: string;
-  /** PEM of the CA that signs both listeners' certificates, where the public one's is not configured. */
+  /** PEM of the CA that signs the listeners' certificates, where the public one's is not configured. */
   readonly caPem: string;
   readonly database: Database;
   readonly identity: IdentityService;
@@ -375,7 +375,7 @@ function startHousekeeping(base: Base, stack: AsyncDisposableStack): void {
 
 // --- the end, and what others are told
 
-/** Health says so first; then both listeners send their clients elsewhere, and what is open may finish. */
+/** Health says so first; then the listeners send their clients elsewhere, and what is open may finish. */
 async function drain(config: Config, base: Base, listeners: Listeners): Promise<void> {
   base.log.info("draining");
   base.health.set("draining", true);

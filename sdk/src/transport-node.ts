@@ -137,10 +137,11 @@ class Connections {
   }
 
   #withRoom(): Connection {
-    const [emptiest] = this.#all.toSorted((one, other) => one.calls - other.calls);
     const free = this.#all.find(({ calls }) => calls < maxStreamsPerConnection);
     if (free !== undefined) return free;
-    if (emptiest !== undefined && this.#all.length === maxConnections) return emptiest;
+    if (this.#all.length >= maxConnections) {
+      return this.#all.reduce((emptiest, other) => (other.calls < emptiest.calls ? other : emptiest));
+    }
     const connection = this.#open();
     this.#all.push(connection);
     return connection;

@@ -162,9 +162,9 @@ async function readRefusal(status: number, answer: IncomingMessage): Promise<Eng
   } catch {
     // Plain words.
   }
-  const isNamed = typeof said === "object" && said !== null && "message" in said && typeof said.message === "string";
-  const message = (isNamed ? String(Reflect.get(said as object, "message")) : text).trim().slice(0, messageCharacters);
-  return new EngineRefusal(status, message === "" ? `status ${status}` : message);
+  const named = typeof said === "object" && said !== null && "message" in said ? said.message : undefined;
+  const words = (typeof named === "string" ? named : text).trim().slice(0, messageCharacters);
+  return new EngineRefusal(status, words === "" ? `status ${status}` : words);
 }
 
 /** Sorts the error of a call. */

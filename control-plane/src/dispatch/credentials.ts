@@ -1,6 +1,6 @@
-// TLS of the node listener and of the replica listener: TLS 1.3 only, X25519, and a client certificate of the node CA, which the handshake
-// itself requires. @grpc/grpc-js takes none of the first two from its public factory, so the credentials are a
-// class of ours; a test sees that TLS 1.2 and a missing or foreign certificate are refused.
+// TLS of the node listener and of the replica listener: TLS 1.3 only, X25519, and a client certificate of the node CA,
+// which the handshake itself requires. @grpc/grpc-js takes none of the first two from its public factory, so the
+// credentials are a class of ours; a test sees that TLS 1.2 and a missing or foreign certificate are refused.
 import type { SecureContextOptions } from "node:tls";
 import { ServerCredentials } from "@grpc/grpc-js";
 import { dispatchLimits } from "./limits.ts";

@@ -1,4 +1,4 @@
-// Errors as gRPC's unary and upload calls carry them: the code and the details of rpc/errors.ts, which both listeners share.
+// Errors as gRPC's unary and upload calls carry them: the code and the details of rpc/errors.ts, which all listeners share.
 import { setTrailerStatus } from "@connectrpc/connect/protocol-grpc";
 import { Metadata, type ServerErrorResponse } from "@grpc/grpc-js";
 import { randomUUID } from "node:crypto";

@@ -2,8 +2,9 @@
 // common. It owns connections and TLS; what is said on them is its service's.
 import { type ConnectionInjector, Server } from "@grpc/grpc-js";
 import type { DescService } from "@bufbuild/protobuf";
+import type { FreshCertificate } from "../rpc/listener-certificate.ts";
 import { type ConnectionRefusal, Connections, type ProxyProtocol } from "./connections.ts";
-import { ListenerCredentials, type ListenerTlsMaterial } from "./credentials.ts";
+import { ListenerCredentials } from "./credentials.ts";
 import { addGrpcService, type GrpcHandlers } from "./grpc-adapter.ts";
 import { createMessageCheck } from "./incoming.ts";
 
@@ -11,7 +12,10 @@ import { createMessageCheck } from "./incoming.ts";
 export type GrpcListenerOptions<S extends DescService> = {
   readonly service: S;
   readonly handlers: GrpcHandlers<S>;
-  readonly tls: ListenerTlsMaterial;
+  /** The listener's own. */
+  readonly certificate: FreshCertificate;
+  /** PEM of the CA of its clients. */
+  readonly clientCaPem: string;
   readonly maxMessageBytes: number;
   readonly maxStreamsPerConnection: number;
   readonly maxConnections: number;
@@ -32,6 +36,7 @@ export function endpointOf(host: string, port: number): string {
 export class GrpcListener {
   readonly #server: Server;
   readonly #credentials: ListenerCredentials;
+  readonly #clientCaPem: string;
   readonly #injector: ConnectionInjector;
   readonly #connections: Connections;
   #port = 0;
@@ -39,10 +44,12 @@ export class GrpcListener {
   private constructor(
     server: Server,
     credentials: ListenerCredentials,
+    clientCaPem: string,
     connections: (injector: ConnectionInjector) => Connections,
   ) {
     this.#server = server;
     this.#credentials = credentials;
+    this.#clientCaPem = clientCaPem;
     this.#injector = server.createConnectionInjector(credentials);
     this.#connections = connections(this.#injector);
   }
@@ -52,7 +59,7 @@ export class GrpcListener {
     address: { readonly host: string; readonly port: number },
     options: GrpcListenerOptions<S>,
   ): Promise<GrpcListener> {
-    const { service, handlers } = options;
+    const { service, handlers, clientCaPem } = options;
     const server = new Server({
       "grpc.max_receive_message_length": options.maxMessageBytes,
       // A whole desired set may pass 4 MiB; what an agent cannot take, it refuses itself.
@@ -66,7 +73,8 @@ export class GrpcListener {
     addGrpcService(server, service, handlers, createMessageCheck(service.methods.map(({ input }) => input)));
     const listener = new GrpcListener(
       server,
-      new ListenerCredentials(options.tls),
+      new ListenerCredentials({ ...options.certificate, clientCaPem }),
+      clientCaPem,
       (injector) => new Connections({ ...options, injector }),
     );
     try {
@@ -85,8 +93,8 @@ export class GrpcListener {
   }
 
   /** New connections see the new certificate; those that stand go on. */
-  renew(tls: ListenerTlsMaterial): void {
-    this.#credentials.renew(tls);
+  renew(certificate: FreshCertificate): void {
+    this.#credentials.renew({ ...certificate, clientCaPem: this.#clientCaPem });
   }
 
   /** Cuts the connection with this "address:port". */

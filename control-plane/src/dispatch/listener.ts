@@ -16,7 +16,6 @@ import { type FreshCertificate, keepCertificateFresh } from "../rpc/listener-cer
 import type { TrustedProxies } from "../rpc/trusted-proxies.ts";
 import { CertificateGate, type Peer } from "./certificate-gate.ts";
 import { Conversation } from "./conversation.ts";
-import type { ListenerTlsMaterial } from "./credentials.ts";
 import { endpointOf, GrpcListener } from "./grpc-listener.ts";
 import { HeartbeatBatcher } from "./heartbeats.ts";
 import { dispatchLimits, type DispatchLimits } from "./limits.ts";
@@ -106,7 +105,7 @@ export async function startNodeListener(deps: NodeListenerDeps): Promise<NodeLis
     deps.authority.issueListenerCertificate(config.publicNames, deps.clock());
   const first = await obtain();
   const listener = await listen(deps, parts, first);
-  const use = (next: FreshCertificate): void => listener.renew(materialOf(next, deps));
+  const use = (next: FreshCertificate): void => listener.renew(next);
   stack.use(startReconcilers(deps));
   const certificates = keepCertificateFresh({ listener: "node", first, obtain, use, log });
   const endpoint = endpointOf(config.publicNames[0] ?? config.host, listener.port);
@@ -308,7 +307,8 @@ async function listen(deps: NodeListenerDeps, parts: Parts, first: FreshCertific
   const listener = await GrpcListener.start(config, {
     service: NodeLinkService,
     handlers: link.handlers((call) => peerOf(call, authority)),
-    tls: materialOf(first, deps),
+    certificate: first,
+    clientCaPem: authority.certificatePem,
     maxMessageBytes: limits.maxMessageBytes,
     maxStreamsPerConnection: limits.maxStreamsPerConnection,
     maxConnections: limits.maxConnections,
@@ -322,14 +322,6 @@ async function listen(deps: NodeListenerDeps, parts: Parts, first: FreshCertific
   });
   parts.setCut((address) => listener.cut(address));
   return listener;
-}
-
-function materialOf(certificate: FreshCertificate, deps: NodeListenerDeps): ListenerTlsMaterial {
-  return {
-    certificateChainPem: certificate.certificateChainPem,
-    privateKeyPem: certificate.privateKeyPem,
-    clientCaPem: deps.authority.certificatePem,
-  };
 }
 
 function peerOf(

@@ -6,7 +6,6 @@ import type { Clock } from "../platform/clock.ts";
 import { listenAt } from "../platform/listen-error.ts";
 import type { Log } from "../platform/log.ts";
 import { type FreshCertificate, keepCertificateFresh } from "../rpc/listener-certificate.ts";
-import type { ListenerTlsMaterial } from "./credentials.ts";
 import { endpointOf, GrpcListener } from "./grpc-listener.ts";
 import type { DispatchLimits } from "./limits.ts";
 import type { DispatchMetrics } from "./metrics.ts";
@@ -55,7 +54,7 @@ export async function startReplicaLink(deps: ReplicaLinkDeps): Promise<ReplicaLi
   const listener = config === undefined ? undefined : await listen(deps, config, first);
   const use = (next: FreshCertificate): void => {
     client.renew(next);
-    listener?.grpc.renew(materialOf(next, deps));
+    listener?.grpc.renew(next);
   };
   const certificates = keepCertificateFresh({ listener: "replica", first, obtain, use, log });
   if (listener !== undefined) log.info({ endpoint: listener.endpoint, replicaId }, "the replica listener serves");
@@ -90,7 +89,8 @@ async function listen(
     GrpcListener.start(config, {
       service: ReplicaService,
       handlers,
-      tls: materialOf(first, deps),
+      certificate: first,
+      clientCaPem: authority.certificatePem,
       maxMessageBytes: limits.maxMessageBytes,
       maxStreamsPerConnection: limits.maxStreamsPerReplica,
       maxConnections: limits.maxReplicaConnections,
@@ -101,12 +101,4 @@ async function listen(
     }),
   );
   return { grpc, endpoint: config.endpoint === "" ? endpointOf(host, grpc.port) : config.endpoint };
-}
-
-function materialOf(certificate: FreshCertificate, deps: ReplicaLinkDeps): ListenerTlsMaterial {
-  return {
-    certificateChainPem: certificate.certificateChainPem,
-    privateKeyPem: certificate.privateKeyPem,
-    clientCaPem: deps.authority.certificatePem,
-  };
 }

@@ -183,7 +183,11 @@ export class SessionKeeper implements AsyncDisposable {
       const checks = await gate.refresh(tx, peers);
       const unsettled = await readUnsettledSessions(tx, heldOf(sessions));
       const generations = await this.#newerGenerations(tx, sessions);
-      return { checks, unsettled, behind: sessions.filter((session) => isBehind(session, generations)) };
+      return {
+        checks,
+        unsettled,
+        behind: sessions.filter((session) => generationToSend(session, generations) !== undefined),
+      };
     });
   }
 
@@ -197,8 +201,8 @@ export class SessionKeeper implements AsyncDisposable {
         const generations = await this.#newerGenerations(tx, sessions);
         const read = new Map<NodeSession, DesiredSet>();
         for (const session of sessions) {
-          const generation = generations.get(session.nodeId);
-          if (generation === undefined || !isBehind(session, generations)) continue;
+          const generation = generationToSend(session, generations);
+          if (generation === undefined) continue;
           // A session that is no longer the node's learns nothing more.
           if (unsettled.has(session.nodeId) && unsettled.get(session.nodeId)?.sessionId !== session.id) continue;
           read.set(session, await instances.desiredSet(tx, session.nodeId, generation));
@@ -254,12 +258,12 @@ function settle(session: NodeSession, row: SessionRow | undefined): void {
   else if (row.probe !== undefined && row.probe.replyTime === undefined) session.probe(row.probe.nonce);
 }
 
-/** Whether the node's generation grew beyond what the session was sent, and it may be sent the new set now. */
-function isBehind(session: NodeSession, generations: ReadonlyMap<NodeId, bigint>): boolean {
+/** The node's generation, where it grew beyond what the session was sent, and the new set may be sent now. */
+function generationToSend(session: NodeSession, generations: ReadonlyMap<NodeId, bigint>): bigint | undefined {
   const generation = generations.get(session.nodeId);
   // Not before Hello's containers were looked at: what is lost must not be taken for what is to be started.
-  if (generation === undefined || session.reconcileAfter !== undefined) return false;
-  return session.wantsDesired(generation);
+  if (generation === undefined || session.reconcileAfter !== undefined) return undefined;
+  return session.wantsDesired(generation) ? generation : undefined;
 }
 
 function heldOf(sessions: readonly NodeSession[]): { readonly nodeId: NodeId; readonly sessionId: string }[] {

@@ -120,10 +120,9 @@ export class Scheduler {
     // Where nobody waits, nobody has waited for too long, either.
     if (!(await this.#options.database.look(hasPending))) return;
     let again = true;
-    let someWait = true;
     while (again && !signal.aborted) {
       try {
-        ({ again, someWait } = await this.#options.database.system((tx) => this.#placeSome(tx)));
+        again = await this.#options.database.system((tx) => this.#placeSome(tx));
       } catch (error) {
         // The database's word is the last: the next pass reads again who has what.
         if (!(error instanceof AllocationConflict)) throw error;
@@ -131,7 +130,7 @@ export class Scheduler {
         again = false;
       }
     }
-    while (someWait && !signal.aborted && (await this.#expire())) {
+    while (!signal.aborted && (await this.#expire())) {
       // The next ones.
     }
   }
@@ -205,14 +204,13 @@ export class Scheduler {
     });
   }
 
-  /** @returns whether anybody waited, and whether to look again at once. */
-  async #placeSome(tx: SystemTx): Promise<{ readonly someWait: boolean; readonly again: boolean }> {
+  /** @returns whether to look again at once. */
+  async #placeSome(tx: SystemTx): Promise<boolean> {
     const now = this.#options.clock();
     // Read without the lock, so that replicas do not queue for it when nobody waits; versions are checked below.
     const waiting = await readPending(tx);
-    const someWait = waiting.length > 0;
     const pending = waiting.filter(({ status }) => status.state === "PENDING" && status.deadline > now);
-    if (pending.length === 0) return { someWait, again: false };
+    if (pending.length === 0) return false;
     await lockPlacement(tx);
     const decisions = decideAll(pending, await this.#readFleet(tx), maxPlacementsPerTransaction);
     const recorder = new Recorder(this.#options, tx, now);
@@ -234,7 +232,7 @@ export class Scheduler {
       }
     }
     await recorder.finish();
-    return { someWait, again };
+    return again;
   }
 
   async #readFleet(tx: SystemTx): Promise<FleetNode[]> {

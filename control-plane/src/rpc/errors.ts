@@ -1,4 +1,4 @@
-// The one place where reasons become status codes, for both listeners. What is not a DomainError is ours: its text
+// The one place where reasons become status codes, for all listeners. What is not a DomainError is ours: its text
 // goes to the log under the request's id, and the caller gets the id.
 import { type DescMessage, isUnknownEnum, type MessageInitShape } from "@bufbuild/protobuf";
 import { Code, ConnectError } from "@connectrpc/connect";

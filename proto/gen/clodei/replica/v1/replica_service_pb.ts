@@ -141,7 +141,10 @@ export const ReplicaService: GenService<{
   /**
    * Relays the output of an attempt from a node whose session this control plane holds. Headers come as soon as the
    * node is asked. NODE_UNREACHABLE: the session is not here, or its link broke; NOT_FOUND: the node holds no output
-   * of the attempt; RATE_LIMITED: too many streams. Who may read the output is for the asking control plane to know.
+   * of the attempt; RATE_LIMITED: too many streams; UNAVAILABLE: it drains; CERTIFICATE_INVALID: no control plane asks,
+   * or its certificate has run out; PROTOCOL_VIOLATION: the request breaks a rule of its schema;
+   * PERMISSION_DENIED: the attempt is not that organization's, or not on that node. Who may read the output is for the
+   * asking control plane to know.
    *
    * @generated from rpc clodei.replica.v1.ReplicaService.RelayLogs
    */
