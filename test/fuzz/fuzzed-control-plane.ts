@@ -4,8 +4,6 @@
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { setFlagsFromString } from "node:v8";
-import { runInNewContext } from "node:vm";
 import { AttemptPhase, DesiredState } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { InstanceReason } from "@clodei/proto/gen/clodei/v1/instance";
 import { LogStream } from "@clodei/proto/gen/clodei/v1/instance_service";
@@ -226,12 +224,4 @@ function phasesOf(state: DesiredState): AttemptPhase[] {
   if (state === DesiredState.RUNNING) return [AttemptPhase.CREATING, AttemptPhase.RUNNING];
   if (state === DesiredState.STOPPED) return [AttemptPhase.ENDED];
   return [AttemptPhase.REMOVED];
-}
-
-/** Bytes of this process's heap and buffers that are in use, after a collection. */
-export function memoryInUse(): number {
-  setFlagsFromString("--expose-gc");
-  (runInNewContext("gc") as () => void)();
-  const { heapUsed, external } = process.memoryUsage();
-  return heapUsed + external;
 }

@@ -1,5 +1,6 @@
 // A gRPC listener that knows its clients by their certificates: what the node listener and the replica listener have in
 // common. It owns connections and TLS; what is said on them is its service's.
+import type { Http2SecureServer, ServerHttp2Stream } from "node:http2";
 import { type ConnectionInjector, Server } from "@grpc/grpc-js";
 import type { DescService } from "@bufbuild/protobuf";
 import type { FreshCertificate } from "../rpc/listener-certificate.ts";
@@ -51,6 +52,7 @@ export class GrpcListener {
     this.#credentials = credentials;
     this.#clientCaPem = clientCaPem;
     this.#injector = server.createConnectionInjector(credentials);
+    bearCanceledRequests(server);
     this.#connections = connections(this.#injector);
   }
 
@@ -119,4 +121,18 @@ export class GrpcListener {
     clearTimeout(cut);
     this.#server.forceShutdown();
   }
+}
+
+/**
+ * Lets a request be refused that was canceled in the bytes that followed it. grpc-js answers an unknown path and a
+ * content type of another protocol without asking whether the stream still stands, and what Node.js throws there would
+ * end the process: any client could.
+ */
+function bearCanceledRequests(server: Server): void {
+  // It lets nobody see its HTTP/2 server; where a version of it keeps that elsewhere, this throws when we listen.
+  const servers = server["http2Servers"] as ReadonlyMap<Http2SecureServer, unknown>;
+  for (const http2Server of servers.keys())
+    http2Server.prependListener("stream", (stream: ServerHttp2Stream) => {
+      if (stream.destroyed || stream.closed) stream.respond = () => undefined;
+    });
 }

@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { subscribe, unsubscribe } from "node:diagnostics_channel";
 import { once } from "node:events";
 import http2 from "node:http2";
 import { after, before, test } from "node:test";
@@ -82,6 +83,44 @@ test("an address has as many connections as it may, and the next one when one of
     const outcome = await handshake({ ...credentialsOf(node), port });
     return !(outcome instanceof Error);
   });
+});
+
+test("a request that is canceled before it is looked at ends nothing but itself", async () => {
+  const node = await fleet.enroll();
+  const session = "/clodei.node.v1.NodeLinkService/Session";
+  const requests = {
+    "another protocol": { ":path": session, "content-type": "text/plain" },
+    "no content type": { ":path": session },
+    "an unknown path": { ":path": "/no.Such/Method", "content-type": "application/grpc" },
+    "a known path": { ":path": session, "content-type": "application/grpc" },
+  };
+  // Node.js tells of a request later than it reads it. A reset that it reads meanwhile (which takes a busy connection and
+  // luck) leaves the stream as this does.
+  const canceled: string[] = [];
+  const cancel = (message: unknown): void => {
+    const { stream, headers } = message as { stream: http2.ServerHttp2Stream; headers: http2.IncomingHttpHeaders };
+    if (headers["x-canceled"] === undefined) return;
+    stream.close(http2.constants.NGHTTP2_CANCEL);
+    stream.destroy();
+    canceled.push(String(headers["x-canceled"]));
+  };
+  subscribe("http2.server.stream.created", cancel);
+  try {
+    for (const [what, headers] of Object.entries(requests)) {
+      const url = `https://localhost:${replica.listener.port}`;
+      const client = http2.connect(url, { ca: fleet.authority.certificatePem, ...credentialsOf(node) });
+      const stream = client.request({ ":method": "POST", "x-canceled": what, ...headers }).on("error", () => undefined);
+      await once(stream.resume(), "close");
+      assert.equal(stream.rstCode, http2.constants.NGHTTP2_CANCEL, what);
+      client.close();
+    }
+  } finally {
+    unsubscribe("http2.server.stream.created", cancel);
+  }
+  assert.deepEqual(canceled, Object.keys(requests));
+  // What throws at the listener would end the process, and fails this test.
+  const { agent } = await ScriptedAgent.open(clientOf(node));
+  agent.break();
 });
 
 test("a listener's certificate of our own CA is none of a node", async () => {
