@@ -79,7 +79,7 @@ export const publicServices = [
   IdentityServiceDescriptor,
 ] as const;
 
-const healthCheckMs = 1_000;
+const healthCheckMs = 2_000;
 /** An open stream asks this often whether its caller still may: what was taken away ends within a second. */
 const recheckMs = 600;
 const pruneIntervalMs = 10 * 60_000;

@@ -26,7 +26,7 @@ const gpus = parseSimulatedGpus("8xH100-SXM");
 const host = await readHost();
 const clock = readBootClock();
 const validator = createValidator();
-const log = createLog("error");
+const log = createLog("warn");
 const stop = new AbortController();
 const counts = { connected: 0, welcomes: 0 };
 

@@ -31,7 +31,7 @@ export const builtPrograms = {
     name: "clodei-control-plane",
     main: "control-plane/src/main.js",
     // With thousands of agents --optimize-for-size takes half as much CPU again: its heap may grow a little instead.
-    nodeFlags: ["--max-semi-space-size=8", "--heap-growing-percent=30"],
+    nodeFlags: ["--max-semi-space-size=8", "--heap-growing-percent=25"],
   },
 } as const satisfies Readonly<Record<string, BuiltProgram>>;
 

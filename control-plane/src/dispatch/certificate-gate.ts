@@ -24,7 +24,7 @@ export type Refusal = { readonly reason: ErrorReason; readonly message: string }
 /** What the database says of certificates, by their serials. Undefined of one that it does not know. */
 export type Checks = ReadonlyMap<string, CertificateCheck | undefined>;
 
-type Remembered = { readonly check: CertificateCheck | undefined; readonly atMs: number };
+type Remembered = { readonly check: CertificateCheck | undefined; atMs: number };
 
 /** Judges certificates, and remembers the judgment for a moment. */
 export class CertificateGate {
@@ -51,11 +51,15 @@ export class CertificateGate {
 
   /** Returns why the peer may not speak, or undefined where it may. */
   async refusal(peer: Peer): Promise<Refusal | undefined> {
-    const remembered = this.#remembered.get(peer.certificateSerial);
-    if (remembered !== undefined && performance.now() - remembered.atMs < this.#limits.certificateCacheMs) {
-      return this.#judge(peer, remembered.check);
-    }
+    const remembered = this.#recent(peer);
+    if (remembered !== undefined) return this.#judge(peer, remembered.check);
     return this.#judge(peer, (await this.#ask(peer)).get(peer.certificateSerial));
+  }
+
+  /** Whether the peer may speak for all that is remembered. False where nothing is: `refusal` asks then. */
+  isKnownGood(peer: Peer): boolean {
+    const remembered = this.#recent(peer);
+    return remembered !== undefined && this.#judge(peer, remembered.check) === undefined;
   }
 
   /** The same, of an answer of `refresh` and at a time that was asked for once, for many. */
@@ -80,7 +84,11 @@ export class CertificateGate {
     const checks = doubtful.length === 0 ? undefined : await this.#nodes.checkCertificates(tx, doubtful);
     for (const serial of doubtful) known.set(serial, checks?.get(serial));
     if (this.#remembered.size + serials.length > this.#limits.maxCachedCertificates) this.#remembered.clear();
-    for (const [serial, check] of known) this.#remembered.set(serial, { check, atMs });
+    for (const [serial, check] of known) {
+      const remembered = this.#remembered.get(serial);
+      if (remembered !== undefined && remembered.check === check) remembered.atMs = atMs;
+      else this.#remembered.set(serial, { check, atMs });
+    }
     return known;
   }
 
@@ -101,6 +109,12 @@ export class CertificateGate {
     }
     this.#next.peers.push(peer);
     return this.#next.checks;
+  }
+
+  #recent(peer: Peer): Remembered | undefined {
+    const remembered = this.#remembered.get(peer.certificateSerial);
+    if (remembered === undefined) return undefined;
+    return performance.now() - remembered.atMs < this.#limits.certificateCacheMs ? remembered : undefined;
   }
 
   #judge(peer: Peer, check: CertificateCheck | undefined, now = this.#clock()): Refusal | undefined {

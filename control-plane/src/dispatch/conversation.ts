@@ -6,6 +6,7 @@ import { durationFromMs, timestampFromDate } from "@bufbuild/protobuf/wkt";
 import {
   NodeLinkService,
   WelcomeSchema,
+  type Heartbeat,
   type Hello,
   type SessionRequest,
   type SessionRequestSchema,
@@ -70,19 +71,47 @@ export class Conversation {
       nodeId: link.peer.nodeId,
       certificateSerial: link.peer.certificateSerial,
     });
-    const incoming = link.incoming();
-    const session = await this.#begin(link, incoming);
-    if (session === undefined) return;
+    const late = setTimeout(
+      () => link.goodbye(ErrorReason.PROTOCOL_VIOLATION, "Hello did not come in time", { cut: true }),
+      this.#options.limits.firstMessageTimeoutMs,
+    );
+    let session: NodeSession | undefined;
+    const begin = async (received: Received<typeof SessionRequestSchema>): Promise<void> => {
+      session = await this.#begin(link, received);
+    };
     try {
-      for await (const received of incoming) {
-        const message = await this.#accept(link, received);
-        if (message === undefined) return;
-        session.heardAtMs = performance.now();
-        await this.#persist(link, () => this.#handle(session, message));
-      }
+      await link.receive((received) => {
+        if (session !== undefined) return this.#hear(session, received);
+        clearTimeout(late);
+        return begin(received);
+      });
     } finally {
-      await this.#finish(session);
+      clearTimeout(late);
+      if (session !== undefined) await this.#finish(session);
     }
+  }
+
+  /** Takes what is said in a session: at once where nothing has to be asked for it. */
+  #hear(session: NodeSession, received: Received<typeof SessionRequestSchema>): Promise<void> | undefined {
+    if (received.kind === "message" && received.message.message.case === "heartbeat") {
+      if (this.#options.gate.isKnownGood(session.link.peer)) {
+        this.#heartbeat(session, received.message.message.value);
+        return undefined;
+      }
+    }
+    return this.#hearChecked(session, received);
+  }
+
+  async #hearChecked(session: NodeSession, received: Received<typeof SessionRequestSchema>): Promise<void> {
+    const message = await this.#accept(session.link, received);
+    if (message === undefined) return;
+    session.heardAtMs = performance.now();
+    await this.#persist(session.link, () => this.#handle(session, message));
+  }
+
+  #heartbeat(session: NodeSession, heartbeat: Heartbeat): void {
+    session.heardAtMs = performance.now();
+    this.#options.heartbeats.add(session, heartbeat);
   }
 
   /** Checks a message before anything looks at it. Undefined: the session has been ended. */
@@ -118,12 +147,10 @@ export class Conversation {
     }
   }
 
-  /** In a function of its own: Hello's inventory goes with it, and does not stay for as long as the session. */
-  async #begin(
-    link: SessionLink,
-    incoming: AsyncGenerator<Received<typeof SessionRequestSchema>>,
-  ): Promise<NodeSession | undefined> {
-    const hello = await this.#awaitHello(link, incoming);
+  /** Undefined: the session has been ended. */
+  async #begin(link: SessionLink, received: Received<typeof SessionRequestSchema>): Promise<NodeSession | undefined> {
+    const message = await this.#accept(link, received);
+    const hello = message === undefined ? undefined : helloIn(link, message);
     if (hello === undefined) return undefined;
     const session = await this.#welcome(link, hello);
     if (session === undefined) return undefined;
@@ -134,31 +161,8 @@ export class Conversation {
     return session;
   }
 
-  async #awaitHello(
-    link: SessionLink,
-    incoming: AsyncGenerator<Received<typeof SessionRequestSchema>>,
-  ): Promise<Hello | undefined> {
-    const late = setTimeout(
-      () => link.goodbye(ErrorReason.PROTOCOL_VIOLATION, "Hello did not come in time", { cut: true }),
-      this.#options.limits.firstMessageTimeoutMs,
-    );
-    const first = await incoming.next().finally(() => clearTimeout(late));
-    if (first.done === true) return undefined;
-    const message = await this.#accept(link, first.value);
-    if (message === undefined) return undefined;
-    if (message.case !== "hello") {
-      link.goodbye(ErrorReason.PROTOCOL_VIOLATION, "the first message must be Hello", { cut: true });
-      return undefined;
-    }
-    if (message.value.protocolVersion !== nodeLinkProtocolVersion) {
-      link.goodbye(ErrorReason.VERSION_NOT_SUPPORTED, `this server speaks protocol version ${nodeLinkProtocolVersion}`);
-      return undefined;
-    }
-    return message.value;
-  }
-
   async #welcome(link: SessionLink, hello: Hello): Promise<NodeSession | undefined> {
-    const claimant = { peer: link.peer, hello, ended: link.ended };
+    const claimant = { peer: link.peer, hello, link };
     const claim = await this.#persist(link, () => this.#options.claims.claim(claimant));
     if (claim.kind === "gone") return undefined;
     if (claim.kind === "quarantined") {
@@ -185,7 +189,7 @@ export class Conversation {
   async #handle(session: NodeSession, message: SessionRequest["message"]): Promise<void> {
     switch (message.case) {
       case "heartbeat":
-        this.#options.heartbeats.add(session, message.value);
+        this.#heartbeat(session, message.value);
         return;
       case "statusReport":
       case "usageReport":
@@ -259,4 +263,17 @@ export class Conversation {
       this.#options.log.warn({ err: error, nodeId: session.nodeId }, "the end of a session could not be recorded");
     }
   }
+}
+
+/** The Hello that a session begins with. Undefined: the message is none that we speak with, and the session has been ended. */
+function helloIn(link: SessionLink, message: SessionRequest["message"]): Hello | undefined {
+  if (message.case !== "hello") {
+    link.goodbye(ErrorReason.PROTOCOL_VIOLATION, "the first message must be Hello", { cut: true });
+    return undefined;
+  }
+  if (message.value.protocolVersion !== nodeLinkProtocolVersion) {
+    link.goodbye(ErrorReason.VERSION_NOT_SUPPORTED, `this server speaks protocol version ${nodeLinkProtocolVersion}`);
+    return undefined;
+  }
+  return message.value;
 }

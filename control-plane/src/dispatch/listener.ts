@@ -86,7 +86,7 @@ export type NodeListener = {
 
 /** Agents come back to other processes spread over this time. */
 const reconnectWithinMs = 5_000;
-const leaseCheckMs = 1_000;
+const leaseCheckMs = 2_000;
 /** A GPU that two nodes report is for an operator to look at, and offered once whatever is said. */
 const sharedGpusCheckMs = 5_000;
 

@@ -1,6 +1,7 @@
 // Which of two sessions is the node. A Hello that shows the secret of the session before replaces it at once; one
 // that does not is a clone, unless nobody answers for the session that stands. The decision is the database's, one
 // Hello of a node at a time, so that it is the same whichever replicas the two are connected to.
+import type { SessionLink } from "./session.ts";
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Hello } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
@@ -25,7 +26,11 @@ import {
 } from "./store.ts";
 
 /** A Hello, and whether whoever sent it is still there. */
-export type Claimant = { readonly peer: Peer; readonly hello: Hello; readonly ended: AbortSignal };
+export type Claimant = {
+  readonly peer: Peer;
+  readonly hello: Hello;
+  readonly link: Pick<SessionLink, "isGone" | "ended">;
+};
 
 /** What became of a Hello. */
 export type Claim =
@@ -88,12 +93,14 @@ export class SessionClaims {
       const attempt = await this.#attempt(claimant, silentSessionId);
       if (attempt.kind !== "asked") return attempt;
       const answer = await this.#awaitAnswer(claimant, attempt);
-      if (claimant.ended.aborted) return { kind: "gone" };
+      if (claimant.link.isGone) return { kind: "gone" };
       if (answer === "silent") silentSessionId = attempt.sessionId;
       if (answer === "answered") {
         // A Hello that was only late is followed by its connection's end: an agent has one session at a time.
-        await sleep(this.#options.limits.cloneGraceMs, undefined, { signal: claimant.ended }).catch(() => undefined);
-        if (claimant.ended.aborted) return { kind: "gone" };
+        await sleep(this.#options.limits.cloneGraceMs, undefined, { signal: claimant.link.ended }).catch(
+          () => undefined,
+        );
+        if (claimant.link.isGone) return { kind: "gone" };
         if (await this.#quarantine(claimant, attempt.sessionId)) return { kind: "quarantined" };
       }
     }
@@ -106,7 +113,7 @@ export class SessionClaims {
     return this.#options.database.system(async (tx): Promise<Attempt> => {
       await lockNodeSession(tx, nodeId);
       const [standing] = await readSessions(tx, [nodeId]);
-      if (claimant.ended.aborted) return { kind: "gone" };
+      if (claimant.link.isGone) return { kind: "gone" };
       const now = this.#options.clock();
       const decision =
         standing !== undefined && standing.sessionId === silentSessionId
@@ -172,9 +179,9 @@ export class SessionClaims {
 
   async #awaitAnswer(claimant: Claimant, asked: Extract<Attempt, { kind: "asked" }>): Promise<Answer> {
     const { nodeId } = claimant.peer;
-    while (!claimant.ended.aborted) {
+    while (!claimant.link.isGone) {
       // Subscribed before the look, so that an answer between the two is not slept through.
-      const hint = this.#options.wakeups.wait([`node:${nodeId}`], answerPollMs, claimant.ended);
+      const hint = this.#options.wakeups.wait([`node:${nodeId}`], answerPollMs, claimant.link.ended);
       const [standing] = await this.#options.database.system((tx) => readSessions(tx, [nodeId]));
       if (standing === undefined || standing.sessionId !== asked.sessionId || standing.endTime !== undefined) {
         return "changed";
@@ -193,7 +200,7 @@ export class SessionClaims {
     return this.#options.database.system(async (tx) => {
       await lockNodeSession(tx, nodeId);
       const [standing] = await readSessions(tx, [nodeId]);
-      if (claimant.ended.aborted) return false;
+      if (claimant.link.isGone) return false;
       if (standing?.sessionId !== answeringSessionId || standing.endTime !== undefined) return false;
       await endAnySession(tx, nodeId, this.#options.clock());
       await this.#options.nodes.quarantine(tx, nodeId, "two processes used the node's identity at the same time");

@@ -35,7 +35,7 @@ export type SessionKeeperOptions = {
 type Held = { readonly session: NodeSession; readonly subscription: Disposable };
 
 /** Nodes in one query. */
-const maxNodesPerQuery = 1_000;
+const maxNodesPerQuery = 500;
 
 /** The sessions that this process holds. */
 export class SessionKeeper implements AsyncDisposable {
@@ -181,7 +181,7 @@ export class SessionKeeper implements AsyncDisposable {
     return database.look(async (tx) => {
       const peers = sessions.map((session) => session.link.peer);
       const checks = await gate.refresh(tx, peers);
-      const unsettled = await readUnsettledSessions(tx, heldOf(sessions));
+      const unsettled = await readUnsettledSessions(tx, sessions);
       const generations = await this.#newerGenerations(tx, sessions);
       return {
         checks,
@@ -197,7 +197,7 @@ export class SessionKeeper implements AsyncDisposable {
     const sets = await database.system(
       async (tx) => {
         const sessions = behind.filter(isLive);
-        const unsettled = await readUnsettledSessions(tx, heldOf(sessions));
+        const unsettled = await readUnsettledSessions(tx, sessions);
         const generations = await this.#newerGenerations(tx, sessions);
         const read = new Map<NodeSession, DesiredSet>();
         for (const session of sessions) {
@@ -264,10 +264,6 @@ function generationToSend(session: NodeSession, generations: ReadonlyMap<NodeId,
   // Not before Hello's containers were looked at: what is lost must not be taken for what is to be started.
   if (generation === undefined || session.reconcileAfter !== undefined) return undefined;
   return session.wantsDesired(generation) ? generation : undefined;
-}
-
-function heldOf(sessions: readonly NodeSession[]): { readonly nodeId: NodeId; readonly sessionId: string }[] {
-  return sessions.map(({ nodeId, id: sessionId }) => ({ nodeId, sessionId }));
 }
 
 function isLive(session: NodeSession): boolean {

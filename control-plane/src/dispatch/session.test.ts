@@ -183,12 +183,40 @@ test("heartbeats hold the lease and carry the health of GPUs; without them the n
   assert.equal(await nodeState(node.nodeId), "ready");
   agent.heartbeat(2n, GpuHealth.UNHEALTHY);
   await agent.next("ack", (ack) => ack.heartbeatSequence === 2n);
-  const [stored] = await fleet.db.database.system((tx) => replica.nodes.nodes(tx, [node.nodeId]));
-  assert.equal(stored?.inventory?.gpus[0]?.health, GpuHealth.UNHEALTHY);
+  await eventually("the GPU is unhealthy", async () => {
+    const [stored] = await fleet.db.database.system((tx) => replica.nodes.nodes(tx, [node.nodeId]));
+    return stored?.inventory?.gpus[0]?.health === GpuHealth.UNHEALTHY;
+  });
   agent.break();
   await eventually("the node is unreachable", async () => (await nodeState(node.nodeId)) === "unreachable");
   const [row] = await fleet.rows<{ connected: boolean }>("select connected from nodes where id = $1", [node.nodeId]);
   assert.equal(row?.connected, false);
+});
+
+test("heartbeats are acknowledged before what they say is taken in, and wait for nobody else's news", async () => {
+  const [node, other] = [await fleet.enroll(), await fleet.enroll()];
+  const { agent } = await ScriptedAgent.open(clientOf(node));
+  const { agent: otherAgent } = await ScriptedAgent.open(clientOf(other));
+  const message = async ({ nodeId }: NodeIdentity) => {
+    const [stored] = await fleet.db.database.system((tx) => replica.nodes.nodes(tx, [nodeId]));
+    return stored?.acceptingWorkMessage;
+  };
+  agent.heartbeat(1n);
+  otherAgent.heartbeat(1n);
+  for (const each of [node, other])
+    await eventually("the first heartbeat is taken in", async () => (await message(each)) === "");
+  await fleet.db.database.system(async (tx) => {
+    // Whatever changes has to wait, as it does where thousands of agents have news at once.
+    await tx.execute("lock table changes in exclusive mode");
+    agent.send({ case: "heartbeat", value: { sequence: 2n, acceptingWork: false, acceptingWorkMessage: "news" } });
+    await agent.next("ack", (ack) => ack.heartbeatSequence === 2n);
+    for (let sequence = 2n; sequence <= 4n; sequence += 1n) {
+      otherAgent.heartbeat(sequence);
+      await otherAgent.next("ack", (ack) => ack.heartbeatSequence === sequence);
+    }
+    assert.equal(await message(node), "");
+  });
+  await eventually("the news is taken in", async () => (await message(node)) === "news");
 });
 
 test("a heartbeat that an inventory overtakes does not take its GPUs' health back", async () => {
@@ -196,20 +224,22 @@ test("a heartbeat that an inventory overtakes does not take its GPUs' health bac
   const { agent } = await ScriptedAgent.open(clientOf(node));
   const gpu = { uuid: "GPU-SIM-1", model: "H100-SXM", memoryMib: 81_559, simulated: true };
   const host = { hostname: "node", cpuCount: 64, memoryMib: 65_536 };
-  const health = async () => {
-    const [stored] = await fleet.db.database.system((tx) => replica.nodes.nodes(tx, [node.nodeId]));
-    return stored?.inventory?.gpus[0]?.health;
-  };
+  const stored = async () =>
+    (await fleet.db.database.system((tx) => replica.nodes.nodes(tx, [node.nodeId])))[0] ?? assert.fail();
+  const health = async () => (await stored()).inventory?.gpus[0]?.health;
   for (let round = 1n; round <= 5n; round += 1n) {
     agent.heartbeat(3n * round - 2n, GpuHealth.HEALTHY);
-    await agent.next("ack", (ack) => ack.heartbeatSequence === 3n * round - 2n);
-    assert.equal(await health(), GpuHealth.HEALTHY);
+    await eventually("the heartbeat is taken in", async () => (await health()) === GpuHealth.HEALTHY);
     agent.heartbeat(3n * round - 1n, GpuHealth.HEALTHY);
     agent.send({ case: "inventory", value: { host, gpus: [{ ...gpu, health: GpuHealth.UNHEALTHY }] } });
     await agent.next("ack", (ack) => ack.heartbeatSequence === 3n * round - 1n);
     await eventually("the inventory is recorded", async () => (await health()) === GpuHealth.UNHEALTHY);
-    agent.send({ case: "heartbeat", value: { sequence: 3n * round, acceptingWork: true } });
-    await agent.next("ack", (ack) => ack.heartbeatSequence === 3n * round);
+    const acceptingWorkMessage = `round ${round}`;
+    agent.send({ case: "heartbeat", value: { sequence: 3n * round, acceptingWork: true, acceptingWorkMessage } });
+    await eventually(
+      "the last heartbeat is taken in",
+      async () => (await stored()).acceptingWorkMessage === acceptingWorkMessage,
+    );
     assert.equal(await health(), GpuHealth.UNHEALTHY);
   }
 });

@@ -37,7 +37,10 @@ export class SessionLink {
   readonly #queue: OutgoingQueue;
   readonly #limits: DispatchLimits;
   readonly #cutConnection: (address: string) => void;
-  readonly #ended = new AbortController();
+  /** Made where somebody asks for it: two kilobytes that most of thousands of sessions never need. */
+  #ended: AbortController | undefined;
+  #isGone = false;
+  #leave: () => void = () => undefined;
   #goodbye: ErrorReason | undefined;
   /** Asked for every session every second, which a signal's own getter is too slow for. */
   #isOver = false;
@@ -67,8 +70,15 @@ export class SessionLink {
     this.#stream.once("cancelled", over);
   }
 
+  /** Whether nothing more can be said or heard. */
+  get isGone(): boolean {
+    return this.#isGone;
+  }
+
   /** Aborts when nothing more can be said or heard. */
   get ended(): AbortSignal {
+    this.#ended ??= new AbortController();
+    if (this.#isGone) this.#ended.abort();
     return this.#ended.signal;
   }
 
@@ -115,20 +125,41 @@ export class SessionLink {
     this.#queue.checkAge();
   }
 
-  /** What the agent says, in order, until either side ends the stream. Never throws. */
-  async *incoming(): AsyncGenerator<Received<typeof SessionRequestSchema>> {
-    try {
-      // Not destroyed at the end: the stream has to carry Goodbye and its status first.
-      const messages: AsyncIterable<Received<typeof SessionRequestSchema>> = this.#stream.iterator({
-        destroyOnReturn: false,
-      });
-      for await (const message of messages) {
-        if (this.#isOver) return;
-        yield message;
-      }
-    } catch {
-      // The connection broke, or the agent canceled.
-    }
+  /**
+   * Hands over what the agent says, in order and one at a time, until either side ends the stream. A message that takes
+   * no promise to take is done with at once: for most of an agent's life each one is a heartbeat, and what a loop would
+   * keep between two of them is kept for thousands of agents.
+   *
+   * @param take Returns a promise where the next message has to wait.
+   * @returns Resolves at the end. Rejects with what `take` rejected with; `take` itself must not throw.
+   */
+  receive(take: (message: Received<typeof SessionRequestSchema>) => Promise<void> | undefined): Promise<void> {
+    const stream = this.#stream;
+    return new Promise((resolve, reject) => {
+      const leave = (): void => {
+        stream.off("data", hear);
+        resolve();
+      };
+      const goOn = (): void => {
+        if (this.#isOver) leave();
+        else stream.resume();
+      };
+      const hear = (message: Received<typeof SessionRequestSchema>): void => {
+        if (this.#isOver) return leave();
+        const taken = take(message);
+        if (taken === undefined) return;
+        stream.pause();
+        taken.then(goOn, (error: unknown) => {
+          stream.off("data", hear);
+          reject(error);
+        });
+      };
+      // The agent has no more to say, or the connection broke, or the agent canceled.
+      stream.once("end", leave).once("error", leave);
+      this.#leave = leave;
+      stream.on("data", hear);
+      if (this.#isGone) leave();
+    });
   }
 
   /** Ends the stream without a word, where the agent has ended its side. */
@@ -138,7 +169,9 @@ export class SessionLink {
 
   #end(): void {
     this.#isOver = true;
-    this.#ended.abort();
+    this.#isGone = true;
+    this.#ended?.abort();
+    this.#leave();
   }
 
   // What was written goes out first; an agent that does not read it in time is left.
@@ -150,7 +183,7 @@ export class SessionLink {
       this.#stream.destroy();
       this.#end();
     }, this.#limits.goodbyeTimeoutMs);
-    this.#ended.signal.addEventListener("abort", () => clearTimeout(timer), { once: true });
+    this.ended.addEventListener("abort", () => clearTimeout(timer), { once: true });
   }
 
   #write(message: SessionResponse["message"], flushed?: () => void): void {

@@ -84,14 +84,14 @@ export async function readSessions(tx: SystemTx, nodeIds: readonly NodeId[]): Pr
  */
 export async function readUnsettledSessions(
   tx: SystemTx,
-  held: readonly { readonly nodeId: NodeId; readonly sessionId: string }[],
+  held: readonly { readonly nodeId: NodeId; readonly id: string }[],
 ): Promise<ReadonlyMap<NodeId, SessionRow | undefined>> {
   const nodes = await tx.query<{ node_id: NodeId }>(
     `select held.node_id from unnest($1::text[], $2::text[]) as held(node_id, session_id)
      left join node_sessions s on s.node_id = held.node_id
      where s.session_id is distinct from held.session_id or s.end_time is not null
        or (s.probe_nonce is not null and s.probe_reply_time is null)`,
-    [idArray(held.map(({ nodeId }) => nodeId)), idArray(held.map(({ sessionId }) => sessionId))],
+    [idArray(held.map(({ nodeId }) => nodeId)), idArray(held.map(({ id }) => id))],
   );
   const nodeIds = nodes.map((row) => row.node_id);
   const rows = nodeIds.length === 0 ? [] : await readSessions(tx, nodeIds);

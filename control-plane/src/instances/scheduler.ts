@@ -145,6 +145,8 @@ export class Scheduler {
     });
     const full = inUse.filter(({ instances }) => instances >= maxInstancesPerNode);
     this.#fullNodes = new Set(full.map(({ nodeId }) => nodeId));
+    // Nobody has anything on a node: there is nobody to follow one.
+    if (inUse.length === 0) return;
     for (const { nodeId, hasReachable, hasUnreachable } of inUse) {
       const standing = standings.get(nodeId);
       if (standing === undefined) continue;

@@ -306,7 +306,7 @@ describe("enrolling a node again", () => {
     await fleet.hello(nodeId);
     await fleet.db.database.system(async (tx) => {
       const facts = { nodeId, gpus: [], acceptingWork: true, acceptingWorkMessage: "", observedGeneration: 0n };
-      await fleet.nodes.recordHeartbeats(tx, [facts]);
+      await fleet.nodes.applyHeartbeats(tx, [facts]);
       assert.ok(takesNewWork((await fleet.nodes.nodes(tx, [nodeId]))[0] ?? assert.fail()));
       const node = await endIdentity(tx, nodeId, fleet.now(), fleet.db.wakeups);
       assert.equal(node.state, "ready");

@@ -25,6 +25,13 @@ const read = async (nodeId: NodeId): Promise<FleetNode> => {
   return node;
 };
 
+const beat = (facts: readonly HeartbeatFacts[]): Promise<HeartbeatFacts[]> =>
+  fleet.db.database.system(async (tx) => {
+    const news = await fleet.nodes.recordHeartbeats(tx, facts);
+    await fleet.nodes.applyHeartbeats(tx, news);
+    return news;
+  });
+
 const heartbeat = async (nodeId: NodeId, change: Partial<HeartbeatFacts> = {}): Promise<NodeState | undefined> => {
   const facts = {
     nodeId,
@@ -34,8 +41,8 @@ const heartbeat = async (nodeId: NodeId, change: Partial<HeartbeatFacts> = {}): 
     observedGeneration: 0n,
     ...change,
   };
-  const states = await fleet.db.database.system((tx) => fleet.nodes.recordHeartbeats(tx, [facts]));
-  return states.get(nodeId);
+  await beat([facts]);
+  return (await read(nodeId)).state;
 };
 
 /** Lets a node's lease be over, without waiting for it. */
@@ -142,11 +149,13 @@ describe("sessions", () => {
       observedGeneration: 1n,
     });
     const unknown = newId("nod");
-    const states = await fleet.db.database.system((tx) =>
-      fleet.nodes.recordHeartbeats(tx, [...nodeIds, unknown].map(facts)),
+    const news = await beat([...nodeIds, unknown].map(facts));
+    assert.deepEqual(
+      news.map(({ nodeId }) => nodeId),
+      nodeIds,
     );
-    assert.deepEqual([...states.keys()].toSorted(), nodeIds.toSorted());
-    assert.ok([...states.values()].every((state) => state === "ready"));
+    for (const nodeId of nodeIds) assert.equal((await read(nodeId)).state, "ready");
+    assert.deepEqual(await beat(nodeIds.map(facts)), [], "the same again is no news");
   });
 
   test("a session that ended leaves the node ready until its lease ends", async () => {

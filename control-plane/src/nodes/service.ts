@@ -21,7 +21,7 @@ import {
 import { assertMayWork, type Hints, hintAfterCommit, lockNode, requireNode } from "./standing.ts";
 import * as store from "./store.ts";
 
-export type { CertificateCheck, FleetNode, NodeState } from "./model.ts";
+export type { CertificateCheck, FleetNode } from "./model.ts";
 export type { NodeStanding } from "./store.ts";
 export type { Authority } from "./authority.ts";
 export type { ReplicaCertificate } from "./certificates.ts";
@@ -144,30 +144,22 @@ export class NodesService {
   }
 
   /**
-   * Takes in heartbeats of several nodes: extends their leases, and notes what changed. One node once.
+   * Takes in that several nodes were heard: extends their leases. One node once. A revoked one is not extended: end its
+   * session.
    *
-   * @returns the state of each node that there is. A revoked one is not extended: end its session.
+   * @returns those whose heartbeats say something new, for `applyHeartbeats`.
    */
-  async recordHeartbeats(tx: SystemTx, heartbeats: readonly HeartbeatFacts[]): Promise<ReadonlyMap<NodeId, NodeState>> {
-    const facts = new Map(heartbeats.map((heartbeat) => [heartbeat.nodeId, heartbeat]));
-    const locked = await store.lockForHeartbeat(tx, [...facts.keys()]);
-    const states = new Map<NodeId, NodeState>();
-    for (const { nodeId, state, connected, digest } of locked) {
-      const heartbeat = facts.get(nodeId);
-      if (heartbeat === undefined || state === "revoked") {
-        states.set(nodeId, state);
-        continue;
-      }
-      const next = state === "quarantined" ? state : "ready";
-      states.set(nodeId, next);
-      const newDigest = digestOf(heartbeat);
-      if (newDigest === digest && connected && next === state) continue;
-      await this.#applyHeartbeat(tx, heartbeat, next);
-      await store.setHeartbeatDigest(tx, nodeId, newDigest);
-    }
-    const heard = [...states].filter(([, state]) => state !== "revoked").map(([nodeId]) => nodeId);
-    await store.extendLeases(tx, heard, this.#options.leaseMs);
-    return states;
+  async recordHeartbeats(tx: SystemTx, heartbeats: readonly HeartbeatFacts[]): Promise<HeartbeatFacts[]> {
+    const standing = await store.lockForHeartbeat(tx, heartbeats);
+    await store.extendLeases(tx, [...standing.keys()], this.#options.leaseMs);
+    return heartbeats.filter((heartbeat) => isNews(heartbeat, standing.get(heartbeat.nodeId)));
+  }
+
+  /** Takes in what heartbeats say, where it is still news. */
+  async applyHeartbeats(tx: SystemTx, heartbeats: readonly HeartbeatFacts[]): Promise<void> {
+    const standing = await store.lockForHeartbeat(tx, heartbeats);
+    for (const heartbeat of heartbeats)
+      if (isNews(heartbeat, standing.get(heartbeat.nodeId))) await this.#applyHeartbeat(tx, heartbeat);
   }
 
   /** Takes in a changed inventory. @throws DomainError NOT_FOUND. */
@@ -293,8 +285,9 @@ export class NodesService {
     return store.readNodes(tx, nodeIds);
   }
 
-  async #applyHeartbeat(tx: SystemTx, heartbeat: HeartbeatFacts, state: NodeState): Promise<void> {
+  async #applyHeartbeat(tx: SystemTx, heartbeat: HeartbeatFacts): Promise<void> {
     const before = await requireNode(tx, heartbeat.nodeId);
+    const state = stateOnceHeard(before.state);
     const inventory = withHealth(before.inventory, heartbeat.gpus);
     await store.updateNode(tx, heartbeat.nodeId, {
       state,
@@ -304,6 +297,7 @@ export class NodesService {
       acceptingWork: heartbeat.acceptingWork,
       acceptingWorkMessage: heartbeat.acceptingWorkMessage,
       observedGeneration: heartbeat.observedGeneration,
+      heartbeatDigest: digestOf(heartbeat),
     });
     this.#hint(tx, "nodes");
     // Instances show whether their node is reachable, and their GPUs healthy.
@@ -315,6 +309,17 @@ export class NodesService {
   #hint(tx: Tx, ...topics: Parameters<Hints["notify"]>[0][]): void {
     hintAfterCommit(tx, this.#options.wakeups, ...topics);
   }
+}
+
+/** Whether a heartbeat says what is not known of its node. Of one that is revoked, or that there is not, nothing is kept. */
+function isNews(heartbeat: HeartbeatFacts, standing: store.HeartbeatState | undefined): boolean {
+  if (standing === undefined) return false;
+  const { state, connected, digest } = standing;
+  return !connected || stateOnceHeard(state) !== state || digestOf(heartbeat) !== digest;
+}
+
+function stateOnceHeard(state: NodeState): NodeState {
+  return state === "quarantined" ? state : "ready";
 }
 
 /** What of a heartbeat is kept. Times and use of the GPUs are not: they change with every one. */

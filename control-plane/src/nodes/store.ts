@@ -78,6 +78,7 @@ export async function readStandings(
   tx: SystemTx,
   nodeIds: readonly NodeId[],
 ): Promise<ReadonlyMap<NodeId, NodeStanding>> {
+  if (nodeIds.length === 0) return new Map();
   const rows = await tx.query<{ id: NodeId; state: NodeState; connected: boolean }>(
     "select id, state, connected from nodes where id = any($1)",
     [nodeIds],
@@ -192,6 +193,8 @@ export type NodeChange = {
   readonly acceptingWork?: boolean;
   readonly acceptingWorkMessage?: string;
   readonly observedGeneration?: bigint;
+  /** Of the heartbeat that says so. Whatever else changes a node has the next heartbeat looked at again. */
+  readonly heartbeatDigest?: string;
 };
 
 /** Changes a node that the caller has locked, moves its version on, and records the change. */
@@ -209,7 +212,7 @@ export async function updateNode(tx: SystemTx, nodeId: NodeId, change: NodeChang
        observed_generation = coalesce($10, observed_generation),
        shared_gpus_message = coalesce($11, shared_gpus_message),
        revoke_time = case when $2 = 'revoked' then coalesce(revoke_time, now()) else revoke_time end,
-       heartbeat_digest = '',
+       heartbeat_digest = $12,
        version = version + 1,
        update_time = now()
      where id = $1`,
@@ -225,6 +228,7 @@ export async function updateNode(tx: SystemTx, nodeId: NodeId, change: NodeChang
       change.acceptingWorkMessage ?? null,
       change.observedGeneration ?? null,
       change.sharedGpusMessage ?? null,
+      change.heartbeatDigest ?? "",
     ],
   );
   if (change.inventory !== undefined) await writeNodeGpus(tx, nodeId, change.inventory);
@@ -302,30 +306,21 @@ export async function readSharedGpuMessages(tx: SystemTx): Promise<ReadonlyMap<N
 }
 
 /** What is known of a node before its heartbeat is looked at. */
-export type HeartbeatState = {
-  readonly nodeId: NodeId;
-  readonly state: NodeState;
-  readonly connected: boolean;
-  readonly digest: string;
-};
+export type HeartbeatState = { readonly state: NodeState; readonly connected: boolean; readonly digest: string };
 
-/** Locks the nodes that were heard, without reading their inventories. */
-export async function lockForHeartbeat(tx: SystemTx, nodeIds: readonly NodeId[]): Promise<HeartbeatState[]> {
+/** Locks the nodes that were heard and are not revoked, without reading their inventories. */
+export async function lockForHeartbeat(
+  tx: SystemTx,
+  heartbeats: readonly { readonly nodeId: NodeId }[],
+): Promise<ReadonlyMap<NodeId, HeartbeatState>> {
   const rows = await tx.query<{ id: NodeId; state: NodeState; connected: boolean; heartbeat_digest: string }>(
-    `select id, state, connected, heartbeat_digest from nodes where id = any($1) order by id for no key update`,
-    [idArray(nodeIds)],
+    `select id, state, connected, heartbeat_digest from nodes where id = any($1) and state <> 'revoked'
+     order by id for no key update`,
+    [idArray(heartbeats.map(({ nodeId }) => nodeId))],
   );
-  return rows.map((row) => ({
-    nodeId: row.id,
-    state: row.state,
-    connected: row.connected,
-    digest: row.heartbeat_digest,
-  }));
-}
-
-/** Remembers what a heartbeat said. */
-export async function setHeartbeatDigest(tx: SystemTx, nodeId: NodeId, digest: string): Promise<void> {
-  await tx.execute("update nodes set heartbeat_digest = $2 where id = $1", [nodeId, digest]);
+  return new Map(
+    rows.map((row) => [row.id, { state: row.state, connected: row.connected, digest: row.heartbeat_digest }]),
+  );
 }
 
 /** Notes that agents were heard: no change that an operator watches, so neither version nor feed. */
