@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { after, before, test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { GpuHealth } from "@clodei/proto/gen/clodei/v1/inventory";
 import { createNodeClient, eventually, ScriptedAgent } from "./scripted-agent.ts";
@@ -173,6 +174,27 @@ test("a NUL in a tool's words does not lock a node out", async () => {
   const { agent } = await ScriptedAgent.open(clientOf(node), { agentVersion: "1\0" });
   await agent.desired();
   agent.break();
+});
+
+test("a session whose agent leaves while it begins is ended once it has begun", async () => {
+  const node = await fleet.enroll();
+  const agent = new ScriptedAgent(clientOf(node));
+  await fleet.db.database.system(async (tx) => {
+    await tx.execute("lock table changes in exclusive mode");
+    agent.hello();
+    await eventually("the beginning waits", async () => {
+      const waiting = await fleet.rows("select from pg_locks where relation = 'changes'::regclass and not granted");
+      return waiting.length > 0;
+    });
+    agent.break();
+    await sleep(200);
+  });
+  await eventually("the session is ended", async () => {
+    const [row] = await fleet.rows<{ end_time: Date | null }>("select end_time from node_sessions where node_id = $1", [
+      node.nodeId,
+    ]);
+    return row !== undefined && row.end_time !== null;
+  });
 });
 
 test("heartbeats hold the lease and carry the health of GPUs; without them the node is unreachable", async () => {

@@ -135,24 +135,24 @@ export class SessionLink {
    */
   receive(take: (message: Received<typeof SessionRequestSchema>) => Promise<void> | undefined): Promise<void> {
     const stream = this.#stream;
-    return new Promise((resolve, reject) => {
+    return new Promise((resolve) => {
+      let taking: Promise<void> | undefined;
       const leave = (): void => {
-        stream.off("data", hear);
-        resolve();
+        stream.off("data", hear).pause();
+        // What is being taken in is first done with: the end of a session must not overtake its beginning.
+        resolve(taking);
       };
       const goOn = (): void => {
+        taking = undefined;
         if (this.#isOver) leave();
         else stream.resume();
       };
       const hear = (message: Received<typeof SessionRequestSchema>): void => {
         if (this.#isOver) return leave();
-        const taken = take(message);
-        if (taken === undefined) return;
+        taking = take(message);
+        if (taking === undefined) return;
         stream.pause();
-        taken.then(goOn, (error: unknown) => {
-          stream.off("data", hear);
-          reject(error);
-        });
+        taking.then(goOn, leave);
       };
       // The agent has no more to say, or the connection broke, or the agent canceled.
       stream.once("end", leave).once("error", leave);
