@@ -4,9 +4,9 @@ import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { eventually } from "../harness/eventually.ts";
 
-/** The attacks' own traces, and what is made on first use. */
+/** Caches of bounded size, what is made on first use, and the collector's slack. */
 const allowedGrowthBytes = 48 * 2 ** 20;
-const patienceMs = 60_000;
+const patienceMs = 30_000;
 
 /** Bytes of this process's heap and buffers that are in use, after a collection. */
 export function memoryInUse(): number {

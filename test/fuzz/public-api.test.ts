@@ -27,7 +27,6 @@ const leaveStreamMs = 120;
 const leaveUnaryMs = 30_000;
 /** Longer URLs are refused by their length, which is not what is tested here. */
 const maxGetBytes = 8_000;
-/** What the heap may grow by while thousands of requests pass: caches of bounded size, and the collector's slack. */
 
 const services = [...publicServices, Health, ServerReflection, AlphaReflection];
 const methods: readonly DescMethod[] = services.flatMap((service) => service.methods);

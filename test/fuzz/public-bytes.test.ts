@@ -17,7 +17,6 @@ import { framed, type RawRequest } from "./raw-calls.ts";
 
 const seconds = 5;
 const leaveMs = 100;
-/** The collector's slack, and what 4 MiB messages leave behind for a moment. */
 
 const valid = toBinary(ListInstancesRequestSchema, create(ListInstancesRequestSchema, { pageSize: 1 }));
 const packed = gzipSync(valid);

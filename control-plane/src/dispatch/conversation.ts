@@ -6,7 +6,6 @@ import { durationFromMs, timestampFromDate } from "@bufbuild/protobuf/wkt";
 import {
   NodeLinkService,
   WelcomeSchema,
-  type Heartbeat,
   type Hello,
   type SessionRequest,
   type SessionRequestSchema,
@@ -93,13 +92,12 @@ export class Conversation {
 
   /** Takes what is said in a session: at once where nothing has to be asked for it. */
   #hear(session: NodeSession, received: Received<typeof SessionRequestSchema>): Promise<void> | undefined {
-    if (received.kind === "message" && received.message.message.case === "heartbeat") {
-      if (this.#options.gate.isKnownGood(session.link.peer)) {
-        this.#heartbeat(session, received.message.message.value);
-        return undefined;
-      }
-    }
-    return this.#hearChecked(session, received);
+    const message = received.kind === "message" ? received.message.message : undefined;
+    if (message?.case !== "heartbeat" || !this.#options.gate.isKnownGood(session.link.peer))
+      return this.#hearChecked(session, received);
+    session.heardAtMs = performance.now();
+    this.#options.heartbeats.add(session, message.value);
+    return undefined;
   }
 
   async #hearChecked(session: NodeSession, received: Received<typeof SessionRequestSchema>): Promise<void> {
@@ -107,11 +105,6 @@ export class Conversation {
     if (message === undefined) return;
     session.heardAtMs = performance.now();
     await this.#persist(session.link, () => this.#handle(session, message));
-  }
-
-  #heartbeat(session: NodeSession, heartbeat: Heartbeat): void {
-    session.heardAtMs = performance.now();
-    this.#options.heartbeats.add(session, heartbeat);
   }
 
   /** Checks a message before anything looks at it. Undefined: the session has been ended. */
@@ -162,7 +155,7 @@ export class Conversation {
   }
 
   async #welcome(link: SessionLink, hello: Hello): Promise<NodeSession | undefined> {
-    const claimant = { peer: link.peer, hello, link };
+    const claimant = { hello, link };
     const claim = await this.#persist(link, () => this.#options.claims.claim(claimant));
     if (claim.kind === "gone") return undefined;
     if (claim.kind === "quarantined") {
@@ -189,7 +182,7 @@ export class Conversation {
   async #handle(session: NodeSession, message: SessionRequest["message"]): Promise<void> {
     switch (message.case) {
       case "heartbeat":
-        this.#heartbeat(session, message.value);
+        this.#options.heartbeats.add(session, message.value);
         return;
       case "statusReport":
       case "usageReport":

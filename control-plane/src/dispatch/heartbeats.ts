@@ -4,13 +4,14 @@
 //
 // What a heartbeat says of its node is rarely news, and then taken in after it is acknowledged, some nodes at a time.
 // When a whole fleet comes back everything is news: no agent's lease may run out because others' words are written down.
-import type { NodesService, HeartbeatFacts } from "../nodes/service.ts";
 import type { Heartbeat } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
+import type { NodeId } from "@clodei/proto/ids";
+import type { HeartbeatFacts, NodesService } from "../nodes/service.ts";
 import type { Clock } from "../platform/clock.ts";
-import type { Database, SystemTx } from "../platform/database.ts";
+import { type Database, DatabaseAwayError } from "../platform/database.ts";
 import type { Log } from "../platform/log.ts";
 import type { NodeSession } from "./node-session.ts";
-import { recordSessionHeartbeats } from "./store.ts";
+import { lockStandingSessions, recordSessionHeartbeats } from "./store.ts";
 
 /** Nodes in one transaction. */
 const maxBatch = 500;
@@ -30,14 +31,16 @@ export class HeartbeatBatcher implements AsyncDisposable {
   };
   /** The newest heartbeat of each session: an older one that waits has nothing to add. */
   #waiting = new Map<NodeSession, Heartbeat>();
-  /** Those that are acknowledged and say something new. */
-  readonly #news = new Map<NodeSession, Heartbeat>();
   #timer: NodeJS.Timeout | undefined;
   #recordedMs = Number.NEGATIVE_INFINITY;
   #flushing: Promise<void> = Promise.resolve();
-  #applying: Promise<void> | undefined;
-  /** The transaction that takes in news, while there is one. */
+  /** Acknowledged ones that say something new, or may: the newest of each session. */
+  readonly #news = new Map<NodeSession, Heartbeat>();
+  /** Whose news the transaction takes in that is under way. */
+  #inApplication: ReadonlySet<NodeSession> = new Set();
+  /** That transaction, or the last one. */
   #application: Promise<void> = Promise.resolve();
+  #applying: Promise<void> | undefined;
   #closed = false;
 
   constructor(options: { database: Database; nodes: NodesService; clock: Clock; log: Log; batchMs: number }) {
@@ -81,7 +84,7 @@ export class HeartbeatBatcher implements AsyncDisposable {
     for (let start = 0; start < waiting.length; start += maxBatch) {
       const batch = waiting.slice(start, start + maxBatch);
       try {
-        for (const [session, heartbeat] of await this.#record(batch)) this.#news.set(session, heartbeat);
+        await this.#record(batch);
       } catch (error) {
         // Not acknowledged: the agents send the next one, and the lease has room for two that are lost.
         this.#options.log.warn({ err: error, heartbeats: batch.length }, "heartbeats could not be recorded");
@@ -90,52 +93,50 @@ export class HeartbeatBatcher implements AsyncDisposable {
     if (this.#news.size > 0) this.#applying ??= this.#apply().finally(() => (this.#applying = undefined));
   }
 
-  /** Extends leases, and acknowledges. Returns those that say something new. */
-  #record(batch: readonly Beat[]): Promise<Beat[]> {
-    return this.#ofStanding(batch, async (tx, heard) => {
-      const news = new Set(
-        (await this.#options.nodes.recordHeartbeats(tx, heard.map(factsOf))).map(({ nodeId }) => nodeId),
-      );
+  /** Extends leases, acknowledges, and notes whose news is to be taken in. */
+  async #record(batch: readonly Beat[]): Promise<void> {
+    const live = batch.filter(isLive);
+    if (live.length === 0) return;
+    const { database, nodes, clock } = this.#options;
+    await database.system(async (tx) => {
+      const current = await recordSessionHeartbeats(tx, live.map(placeOf), clock());
+      const heard = live.filter(([session]) => current.has(session.id));
+      const news = await nodes.recordHeartbeats(tx, heard.map(factsOf));
+      const saysNew: ReadonlySet<NodeId> = new Set(news.map(({ nodeId }) => nodeId));
       tx.afterCommit(() => {
-        for (const [session, heartbeat] of heard) session.acknowledgeHeartbeat(heartbeat.sequence);
+        for (const [session, heartbeat] of heard) {
+          session.acknowledgeHeartbeat(heartbeat.sequence);
+          // Also where an older one still waits to be taken in: it would be the last word.
+          const isOvertaking = this.#news.has(session) || this.#inApplication.has(session);
+          if (isOvertaking || saysNew.has(session.nodeId)) this.#news.set(session, heartbeat);
+        }
       });
-      return heard.filter(([session]) => news.has(session.nodeId));
     });
   }
 
   async #apply(): Promise<void> {
+    const { log } = this.#options;
     while (this.#news.size > 0 && !this.#closed) {
       const some = this.#news.entries().take(maxNews).toArray();
-      for (const [session] of some) this.#news.delete(session);
-      this.#application = this.#ofStanding(some, async (tx, standing) => {
-        await this.#options.nodes.applyHeartbeats(tx, standing.map(factsOf));
-        return [];
-      }).then(
-        () => undefined,
+      this.#inApplication = new Set(some.map(([session]) => session));
+      for (const session of this.#inApplication) this.#news.delete(session);
+      this.#application = this.#takeIn(some).catch((error: unknown) => {
         // Still news at the next heartbeat.
-        (error: unknown) => this.#options.log.warn({ err: error }, "what heartbeats say could not be taken in"),
-      );
+        log.warn({ err: error, heartbeats: some.length }, "what heartbeats say could not be taken in");
+        if (error instanceof DatabaseAwayError) this.#news.clear();
+      });
       await this.#application;
+      this.#inApplication = new Set();
     }
   }
 
-  /** Works on the heartbeats of sessions that are their nodes', in one transaction. The others speak for nobody. */
-  async #ofStanding(
-    batch: readonly Beat[],
-    work: (tx: SystemTx, standing: readonly Beat[]) => Promise<Beat[]>,
-  ): Promise<Beat[]> {
-    const live = batch.filter(([session]) => !session.link.isOver);
-    if (live.length === 0) return [];
-    return await this.#options.database.system(async (tx) => {
-      const current = await recordSessionHeartbeats(
-        tx,
-        live.map(([session]) => ({ nodeId: session.nodeId, sessionId: session.id })),
-        this.#options.clock(),
-      );
-      return await work(
-        tx,
-        live.filter(([session]) => current.has(session.id)),
-      );
+  async #takeIn(news: readonly Beat[]): Promise<void> {
+    const live = news.filter(isLive);
+    if (live.length === 0) return;
+    await this.#options.database.system(async (tx) => {
+      const current = await lockStandingSessions(tx, live.map(placeOf));
+      const standing = live.filter(([session]) => current.has(session.id));
+      await this.#options.nodes.applyHeartbeats(tx, standing.map(factsOf));
     });
   }
 }
@@ -143,6 +144,15 @@ export class HeartbeatBatcher implements AsyncDisposable {
 function forgetGpus(heartbeats: Map<NodeSession, Heartbeat>, session: NodeSession): void {
   const heartbeat = heartbeats.get(session);
   if (heartbeat !== undefined) heartbeats.set(session, { ...heartbeat, gpus: [] });
+}
+
+/** A session that is over speaks for nobody. */
+function isLive([session]: Beat): boolean {
+  return !session.link.isOver;
+}
+
+function placeOf([{ nodeId, id }]: Beat): { readonly nodeId: NodeId; readonly sessionId: string } {
+  return { nodeId, sessionId: id };
 }
 
 function factsOf([session, heartbeat]: Beat): HeartbeatFacts {

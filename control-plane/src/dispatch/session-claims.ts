@@ -1,7 +1,6 @@
 // Which of two sessions is the node. A Hello that shows the secret of the session before replaces it at once; one
 // that does not is a clone, unless nobody answers for the session that stands. The decision is the database's, one
 // Hello of a node at a time, so that it is the same whichever replicas the two are connected to.
-import type { SessionLink } from "./session.ts";
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Hello } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
@@ -11,9 +10,9 @@ import type { NodesService } from "../nodes/service.ts";
 import type { Clock } from "../platform/clock.ts";
 import type { Database, SystemTx } from "../platform/database.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
-import type { Peer } from "./certificate-gate.ts";
 import type { DispatchLimits } from "./limits.ts";
 import { decideHello } from "./model.ts";
+import type { SessionLink } from "./session.ts";
 import {
   askProbe,
   endAnySession,
@@ -27,9 +26,8 @@ import {
 
 /** A Hello, and whether whoever sent it is still there. */
 export type Claimant = {
-  readonly peer: Peer;
   readonly hello: Hello;
-  readonly link: Pick<SessionLink, "isGone" | "ended">;
+  readonly link: Pick<SessionLink, "peer" | "isGone" | "ended">;
 };
 
 /** What became of a Hello. */
@@ -108,7 +106,7 @@ export class SessionClaims {
 
   /** Takes the node's session, or asks the session that stands whether anybody is there. */
   #attempt(claimant: Claimant, silentSessionId: string | undefined): Promise<Attempt> {
-    const { nodeId } = claimant.peer;
+    const { nodeId } = claimant.link.peer;
     const shown = sha256(claimant.hello.sessionSecret);
     return this.#options.database.system(async (tx): Promise<Attempt> => {
       await lockNodeSession(tx, nodeId);
@@ -126,7 +124,7 @@ export class SessionClaims {
 
   async #take(
     tx: SystemTx,
-    { peer, hello }: Claimant,
+    { hello, link: { peer } }: Claimant,
     standing: SessionRow | undefined,
     shown: Buffer,
     now: Date,
@@ -178,7 +176,7 @@ export class SessionClaims {
   }
 
   async #awaitAnswer(claimant: Claimant, asked: Extract<Attempt, { kind: "asked" }>): Promise<Answer> {
-    const { nodeId } = claimant.peer;
+    const { nodeId } = claimant.link.peer;
     while (!claimant.link.isGone) {
       // Subscribed before the look, so that an answer between the two is not slept through.
       const hint = this.#options.wakeups.wait([`node:${nodeId}`], answerPollMs, claimant.link.ended);
@@ -196,7 +194,7 @@ export class SessionClaims {
 
   /** Quarantines the node, unless the session that answered is over meanwhile. */
   #quarantine(claimant: Claimant, answeringSessionId: string): Promise<boolean> {
-    const { nodeId } = claimant.peer;
+    const { nodeId } = claimant.link.peer;
     return this.#options.database.system(async (tx) => {
       await lockNodeSession(tx, nodeId);
       const [standing] = await readSessions(tx, [nodeId]);

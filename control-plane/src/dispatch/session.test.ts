@@ -215,30 +215,34 @@ test("heartbeats hold the lease and carry the health of GPUs; without them the n
   assert.equal(row?.connected, false);
 });
 
-test("heartbeats are acknowledged before what they say is taken in, and wait for nobody else's news", async () => {
-  const [node, other] = [await fleet.enroll(), await fleet.enroll()];
-  const { agent } = await ScriptedAgent.open(clientOf(node));
-  const { agent: otherAgent } = await ScriptedAgent.open(clientOf(other));
-  const message = async ({ nodeId }: NodeIdentity) => {
-    const [stored] = await fleet.db.database.system((tx) => replica.nodes.nodes(tx, [nodeId]));
-    return stored?.acceptingWorkMessage;
+test("heartbeats are acknowledged before what they say is taken in, and the last one is the last word", async () => {
+  const begin = async () => {
+    const node = await fleet.enroll();
+    const { agent } = await ScriptedAgent.open(clientOf(node));
+    const say = async (sequence: bigint, acceptingWorkMessage: string) => {
+      agent.send({ case: "heartbeat", value: { sequence, acceptingWork: true, acceptingWorkMessage } });
+      await agent.next("ack", (ack) => ack.heartbeatSequence === sequence);
+    };
+    const stored = async (wanted: string) => {
+      const [read] = await fleet.db.database.system((tx) => replica.nodes.nodes(tx, [node.nodeId]));
+      return read?.acceptingWorkMessage === wanted;
+    };
+    await say(1n, "first");
+    await eventually("the first heartbeat is taken in", () => stored("first"));
+    return { say, stored };
   };
-  agent.heartbeat(1n);
-  otherAgent.heartbeat(1n);
-  for (const each of [node, other])
-    await eventually("the first heartbeat is taken in", async () => (await message(each)) === "");
+  const [slow, wavering, last] = [await begin(), await begin(), await begin()];
   await fleet.db.database.system(async (tx) => {
     // Whatever changes has to wait, as it does where thousands of agents have news at once.
     await tx.execute("lock table changes in exclusive mode");
-    agent.send({ case: "heartbeat", value: { sequence: 2n, acceptingWork: false, acceptingWorkMessage: "news" } });
-    await agent.next("ack", (ack) => ack.heartbeatSequence === 2n);
-    for (let sequence = 2n; sequence <= 4n; sequence += 1n) {
-      otherAgent.heartbeat(sequence);
-      await otherAgent.next("ack", (ack) => ack.heartbeatSequence === sequence);
-    }
-    assert.equal(await message(node), "");
+    await slow.say(2n, "news");
+    await wavering.say(2n, "news");
+    await wavering.say(3n, "first");
+    await last.say(2n, "news");
+    assert.ok(await slow.stored("first"));
   });
-  await eventually("the news is taken in", async () => (await message(node)) === "news");
+  for (const each of [slow, last]) await eventually("the news is taken in", () => each.stored("news"));
+  assert.ok(await wavering.stored("first"), "an older heartbeat was the last word");
 });
 
 test("a heartbeat that an inventory overtakes does not take its GPUs' health back", async () => {

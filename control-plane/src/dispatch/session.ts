@@ -40,6 +40,7 @@ export class SessionLink {
   /** Made where somebody asks for it: two kilobytes that most of thousands of sessions never need. */
   #ended: AbortController | undefined;
   #isGone = false;
+  /** Ends `receive`. */
   #leave: () => void = () => undefined;
   #goodbye: ErrorReason | undefined;
   /** Asked for every session every second, which a signal's own getter is too slow for. */

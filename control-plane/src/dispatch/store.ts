@@ -148,6 +148,25 @@ export async function recordSessionHeartbeats(
   return new Set(rows.map((row) => row.session_id));
 }
 
+/**
+ * Locks those of the sessions that are their nodes' and stand.
+ *
+ * @returns their ids.
+ */
+export async function lockStandingSessions(
+  tx: SystemTx,
+  sessions: readonly { readonly nodeId: NodeId; readonly sessionId: string }[],
+): Promise<ReadonlySet<string>> {
+  // In the order that recordSessionHeartbeats keeps.
+  const rows = await tx.query<{ session_id: string }>(
+    `select s.session_id from node_sessions s
+     join unnest($1::text[], $2::text[]) as b(node_id, session_id) using (node_id, session_id)
+     where s.end_time is null order by s.node_id for update of s`,
+    [idArray(sessions.map(({ nodeId }) => nodeId)), idArray(sessions.map(({ sessionId }) => sessionId))],
+  );
+  return new Set(rows.map((row) => row.session_id));
+}
+
 /** Asks the holder of a session whether it is there. */
 export async function askProbe(
   tx: SystemTx,

@@ -178,7 +178,7 @@ export class NodesService {
     this.#hint(tx, "nodes");
   }
 
-  /** Whether there is a node whose agent was not heard for the lease: cheap enough to be asked every second. */
+  /** Whether there is a node whose agent was not heard for the lease: cheap enough to be asked all the time. */
   hasExpiredLeases(tx: SystemTx): Promise<boolean> {
     return store.hasExpiredLeases(tx);
   }
