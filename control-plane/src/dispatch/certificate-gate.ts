@@ -56,15 +56,15 @@ export class CertificateGate {
     return this.#judge(peer, (await this.#ask(peer)).get(peer.certificateSerial));
   }
 
+  /** The same, of an answer of `refresh` and at a time that was asked for once, for many. */
+  refusalBy(checks: Checks, peer: Peer, now: Date): Refusal | undefined {
+    return this.#judge(peer, checks.get(peer.certificateSerial), now);
+  }
+
   /** Whether the peer may speak for all that is remembered. False where nothing is: `refusal` asks then. */
   isKnownGood(peer: Peer): boolean {
     const remembered = this.#recent(peer);
     return remembered !== undefined && this.#judge(peer, remembered.check) === undefined;
-  }
-
-  /** The same, of an answer of `refresh` and at a time that was asked for once, for many. */
-  refusalBy(checks: Checks, peer: Peer, now: Date): Refusal | undefined {
-    return this.#judge(peer, checks.get(peer.certificateSerial), now);
   }
 
   /**
@@ -86,6 +86,7 @@ export class CertificateGate {
     if (this.#remembered.size + serials.length > this.#limits.maxCachedCertificates) this.#remembered.clear();
     for (const [serial, check] of known) {
       const remembered = this.#remembered.get(serial);
+      // In place: of thousands, a new one each second would be garbage that has grown old.
       if (remembered !== undefined && remembered.check === check) remembered.atMs = atMs;
       else this.#remembered.set(serial, { check, atMs });
     }

@@ -99,7 +99,7 @@ export class HeartbeatBatcher implements AsyncDisposable {
     if (live.length === 0) return;
     const { database, nodes, clock } = this.#options;
     await database.system(async (tx) => {
-      const current = await recordSessionHeartbeats(tx, live.map(placeOf), clock());
+      const current = await recordSessionHeartbeats(tx, live.map(sessionOf), clock());
       const heard = live.filter(([session]) => current.has(session.id));
       const news = await nodes.recordHeartbeats(tx, heard.map(factsOf));
       const saysNew: ReadonlySet<NodeId> = new Set(news.map(({ nodeId }) => nodeId));
@@ -134,7 +134,7 @@ export class HeartbeatBatcher implements AsyncDisposable {
     const live = news.filter(isLive);
     if (live.length === 0) return;
     await this.#options.database.system(async (tx) => {
-      const current = await lockStandingSessions(tx, live.map(placeOf));
+      const current = await lockStandingSessions(tx, live.map(sessionOf));
       const standing = live.filter(([session]) => current.has(session.id));
       await this.#options.nodes.applyHeartbeats(tx, standing.map(factsOf));
     });
@@ -151,8 +151,8 @@ function isLive([session]: Beat): boolean {
   return !session.link.isOver;
 }
 
-function placeOf([{ nodeId, id }]: Beat): { readonly nodeId: NodeId; readonly sessionId: string } {
-  return { nodeId, sessionId: id };
+function sessionOf([session]: Beat): NodeSession {
+  return session;
 }
 
 function factsOf([session, heartbeat]: Beat): HeartbeatFacts {

@@ -84,14 +84,14 @@ export async function readSessions(tx: SystemTx, nodeIds: readonly NodeId[]): Pr
  */
 export async function readUnsettledSessions(
   tx: SystemTx,
-  held: readonly { readonly nodeId: NodeId; readonly id: string }[],
+  held: readonly HeldSession[],
 ): Promise<ReadonlyMap<NodeId, SessionRow | undefined>> {
   const nodes = await tx.query<{ node_id: NodeId }>(
     `select held.node_id from unnest($1::text[], $2::text[]) as held(node_id, session_id)
      left join node_sessions s on s.node_id = held.node_id
      where s.session_id is distinct from held.session_id or s.end_time is not null
        or (s.probe_nonce is not null and s.probe_reply_time is null)`,
-    [idArray(held.map(({ nodeId }) => nodeId)), idArray(held.map(({ id }) => id))],
+    arraysOf(held),
   );
   const nodeIds = nodes.map((row) => row.node_id);
   const rows = nodeIds.length === 0 ? [] : await readSessions(tx, nodeIds);
@@ -123,6 +123,18 @@ export async function replaceSession(tx: SystemTx, session: NewSession): Promise
   );
 }
 
+/** A session, and the node whose it is or was. */
+type HeldSession = { readonly nodeId: NodeId; readonly id: string };
+
+/** Locks those of the sessions that are their nodes' and stand: in one order, or two replicas could wait for each other. */
+const lockStanding = `select s.node_id, s.session_id from node_sessions s
+  join unnest($1::text[], $2::text[]) as b(node_id, session_id) using (node_id, session_id)
+  where s.end_time is null order by s.node_id for update of s`;
+
+function arraysOf(sessions: readonly HeldSession[]): [string, string] {
+  return [idArray(sessions.map(({ nodeId }) => nodeId)), idArray(sessions.map(({ id }) => id))];
+}
+
 /**
  * Notes heartbeats. What the agent showed at the session's begin is no longer good: the session's own secret arrived.
  *
@@ -130,40 +142,25 @@ export async function replaceSession(tx: SystemTx, session: NewSession): Promise
  */
 export async function recordSessionHeartbeats(
   tx: SystemTx,
-  sessions: readonly { readonly nodeId: NodeId; readonly sessionId: string }[],
+  sessions: readonly HeldSession[],
   time: Date,
 ): Promise<ReadonlySet<string>> {
-  // Locked in one order, or two batches of two replicas could wait for each other.
   const rows = await tx.query<{ session_id: string }>(
-    `with beating as (
-       select s.node_id, s.session_id from node_sessions s
-       join unnest($1::text[], $2::text[]) as b(node_id, session_id) using (node_id, session_id)
-       where s.end_time is null order by s.node_id for update of s
-     )
+    `with beating as (${lockStanding})
      update node_sessions s set heartbeat_time = $3, previous_secret_hash = null
      from beating where s.node_id = beating.node_id
      returning s.session_id`,
-    [idArray(sessions.map(({ nodeId }) => nodeId)), idArray(sessions.map(({ sessionId }) => sessionId)), time],
+    [...arraysOf(sessions), time],
   );
   return new Set(rows.map((row) => row.session_id));
 }
 
-/**
- * Locks those of the sessions that are their nodes' and stand.
- *
- * @returns their ids.
- */
+/** Locks those of the sessions that are their nodes' and stand. Returns their ids. */
 export async function lockStandingSessions(
   tx: SystemTx,
-  sessions: readonly { readonly nodeId: NodeId; readonly sessionId: string }[],
+  sessions: readonly HeldSession[],
 ): Promise<ReadonlySet<string>> {
-  // In the order that recordSessionHeartbeats keeps.
-  const rows = await tx.query<{ session_id: string }>(
-    `select s.session_id from node_sessions s
-     join unnest($1::text[], $2::text[]) as b(node_id, session_id) using (node_id, session_id)
-     where s.end_time is null order by s.node_id for update of s`,
-    [idArray(sessions.map(({ nodeId }) => nodeId)), idArray(sessions.map(({ sessionId }) => sessionId))],
-  );
+  const rows = await tx.query<{ session_id: string }>(lockStanding, arraysOf(sessions));
   return new Set(rows.map((row) => row.session_id));
 }
 
