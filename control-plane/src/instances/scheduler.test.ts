@@ -152,14 +152,18 @@ describe("the queue", () => {
     assert.match(failed.message, /H100-SXM asked for/);
   });
 
-  it("places by country, and never where a node is cordoned or silent", async () => {
+  it("places by country, and never where a node is cordoned or its agent left, though the lease goes on", async () => {
     await addNode(fixture, { gpus: 1, country: "FR" });
     const spanish = await addNode(fixture, { gpus: 1, country: "ES" });
     await administer("update nodes set cordoned = true where id = $1", [spanish]);
     const id = await create({ gpu: h100(1), location: { country: "ES" } });
     await placeAll();
     assert.match((await get(id)).message, /what would fit in ES takes no new instances now \(1 under maintenance\)/);
-    await administer("update nodes set cordoned = false where id = $1", [spanish]);
+    await administer("update nodes set cordoned = false, connected = false where id = $1", [spanish]);
+    const later = await create({ gpu: h100(1), location: { country: "ES" } });
+    await placeAll();
+    assert.match((await get(later)).message, /what would fit in ES takes no new instances now \(1 not answering\)/);
+    await administer("update nodes set connected = true where id = $1", [spanish]);
     await placeAll();
     assert.equal((await get(id)).location?.country, "ES");
   });

@@ -71,15 +71,13 @@ describe("rules", () => {
     assert.equal(isTokenAlive({ expireTime: at(1), revokeTime: now }, now), false);
   });
 
-  test("only a node that is ready, not cordoned, and willing takes new work", () => {
-    const states: NodeState[] = ["enrolled", "ready", "unreachable", "quarantined", "revoked"];
-    for (const state of states) {
-      for (const cordoned of [true, false]) {
-        for (const acceptingWork of [true, false]) {
-          const takes = takesNewWork({ state, cordoned, acceptingWork });
-          assert.equal(takes, state === "ready" && !cordoned && acceptingWork);
-        }
-      }
-    }
+  test("only a node that is ready, connected, not cordoned, and willing takes new work", () => {
+    const able = { state: "ready", connected: true, cordoned: false, acceptingWork: true } as const;
+    assert.ok(takesNewWork(able));
+    const states: NodeState[] = ["enrolled", "unreachable", "quarantined", "revoked"];
+    for (const state of states) assert.ok(!takesNewWork({ ...able, state }), state);
+    assert.ok(!takesNewWork({ ...able, connected: false }));
+    assert.ok(!takesNewWork({ ...able, cordoned: true }));
+    assert.ok(!takesNewWork({ ...able, acceptingWork: false }));
   });
 });

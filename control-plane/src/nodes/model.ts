@@ -47,9 +47,12 @@ export type FleetNode = {
   readonly version: bigint;
 };
 
-/** Whether new instances may be placed on a node now. */
-export function takesNewWork(node: Pick<FleetNode, "state" | "cordoned" | "acceptingWork">): boolean {
-  return node.state === "ready" && !node.cordoned && node.acceptingWork;
+/**
+ * Whether new instances may be placed on a node now. Not where its agent left, though its lease goes on: what is placed
+ * there waits for it to come back, and only another node could take it sooner.
+ */
+export function takesNewWork(node: Pick<FleetNode, "state" | "connected" | "cordoned" | "acceptingWork">): boolean {
+  return node.state === "ready" && node.connected && !node.cordoned && node.acceptingWork;
 }
 
 /** Why a GPU is not healthy; empty where it is. */

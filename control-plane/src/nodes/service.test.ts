@@ -158,13 +158,15 @@ describe("sessions", () => {
     assert.deepEqual(await beat(nodeIds.map(facts)), [], "the same again is no news");
   });
 
-  test("a session that ended leaves the node ready until its lease ends", async () => {
+  test("a session that ended leaves the node ready until its lease ends, and without new work", async () => {
     const nodeId = await newNode();
     await fleet.hello(nodeId);
+    await heartbeat(nodeId);
     await fleet.db.database.system((tx) => fleet.nodes.recordDisconnect(tx, nodeId));
     const node = await read(nodeId);
     assert.equal(node.state, "ready");
     assert.equal(node.connected, false);
+    assert.ok(!takesNewWork(node));
     assert.ok(!(await expireLeases()).includes(nodeId));
     await endLease(nodeId);
     assert.ok((await expireLeases()).includes(nodeId));

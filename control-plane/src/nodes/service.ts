@@ -302,7 +302,7 @@ export class NodesService {
     this.#hint(tx, "nodes");
     // Instances show whether their node is reachable, and their GPUs healthy.
     if (before.state !== state || inventory !== undefined) this.#hint(tx, "instances");
-    const takesNow = takesNewWork({ state, cordoned: before.cordoned, acceptingWork: heartbeat.acceptingWork });
+    const takesNow = takesNewWork({ ...before, state, connected: true, acceptingWork: heartbeat.acceptingWork });
     if (takesNow && (!takesNewWork(before) || inventory !== undefined)) this.#hint(tx, "placement");
   }
 

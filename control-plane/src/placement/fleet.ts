@@ -82,6 +82,7 @@ function obstacleOf(node: NodeRecord): NodeObstacle | undefined {
     case "revoked":
       return "revoked";
     case "ready":
+      if (!node.connected) return "unreachable";
       if (node.cordoned) return "cordoned";
       return node.acceptingWork ? undefined : "not_accepting";
   }

@@ -328,7 +328,7 @@ export type Node = Message<"clodei.v1.Node"> & {
   cordoned: boolean;
 
   /**
-   * Whether its agent holds a session now.
+   * Whether its agent holds a session now. While it does not, the node gets no new instances, also before its lease ends.
    *
    * @generated from field: bool connected = 7;
    */
