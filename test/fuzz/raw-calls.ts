@@ -24,7 +24,10 @@ export type RawRequest = {
 
 /** What came back. */
 export type RawAnswer = {
-  /** "ok", the name of an error's code ("invalid_argument"), "http_404", "left" (it went on, or never began), "reset". */
+  /**
+   * "ok", the name of an error's code ("invalid_argument"), "http_404", "left" (it went on, or never began), "reset"
+   * (there was none, or its end is missing).
+   */
   readonly code: string;
   /** The reason in google.rpc.ErrorInfo. */
   readonly reason: string | undefined;
@@ -193,6 +196,10 @@ class Answer {
       return answer(failure.code, reason);
     }
     if (this.left) return answer("left");
+    const type = String(headers["content-type"]);
+    // gRPC's end is its status, and that of Connect's streams an envelope of its own.
+    const endsByItself = type.startsWith("application/grpc") || type.startsWith("application/connect+");
+    if (endsByItself && ((last?.flags ?? 0) & 0x02) === 0) return answer("reset");
     return answer(Number(headers[":status"]) === 200 ? "ok" : `http_${Number(headers[":status"])}`);
   }
 }

@@ -31,8 +31,8 @@ export type CreatedOrganization = {
 
 /** Names the organization in whose name a token's bearer acts. */
 const organizationHeader = "clodei-organization";
-/** An error lists so many organizations; the definer function gives one more, and no further. */
-const maxListedOrganizations = 100;
+/** An error lists so many organizations, for which it has room. */
+const maxListedOrganizations = 30;
 
 /** Organizations and their members. */
 export class OrganizationsService {

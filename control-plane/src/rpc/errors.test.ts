@@ -1,8 +1,10 @@
 import assert from "node:assert/strict";
+import { randomUUID } from "node:crypto";
 import { test } from "node:test";
 import { Code, ConnectError } from "@connectrpc/connect";
-import { type ErrorReason, ErrorReasonSchema } from "@clodei/proto/gen/clodei/v1/error";
-import { ErrorInfoSchema, QuotaFailureSchema } from "@clodei/proto/gen/google/rpc/error_details";
+import { setTrailerStatus } from "@connectrpc/connect/protocol-grpc";
+import { ErrorReason, ErrorReasonSchema } from "@clodei/proto/gen/clodei/v1/error";
+import { BadRequestSchema, ErrorInfoSchema, QuotaFailureSchema } from "@clodei/proto/gen/google/rpc/error_details";
 import { newId } from "@clodei/proto/ids";
 import { DatabaseAwayError } from "../platform/database.ts";
 import { DomainError, quotaExceeded } from "../platform/errors.ts";
@@ -72,6 +74,50 @@ test("a request that is no message is the caller's error, whatever Connect calls
     assert.deepEqual([told.code, told.rawMessage], [Code.InvalidArgument, text]);
     assert.equal(told.findDetails(ErrorInfoSchema)[0]?.reason, "INVALID_ARGUMENT");
   }
+});
+
+test("an error has a bound, whatever it quotes, and is told in the trailers that every gRPC client takes", () => {
+  const quoted = `\ud800"漢`.repeat(1_000_000);
+  const fields = Array.from({ length: 32 }, () => ({
+    field: `spec.env[${quoted}]`,
+    rule: "string.x",
+    message: quoted,
+  }));
+  const organizationId = newId("org");
+  const errors = [
+    new DomainError(ErrorReason.INVALID_ARGUMENT, quoted, { fields, metadata: { quoted } }),
+    new DomainError(ErrorReason.QUOTA_EXCEEDED, quoted, { quotaSubject: `organization:${organizationId}` }),
+    new ConnectError(quoted, Code.InvalidArgument),
+  ];
+  for (const error of errors) {
+    const told = toConnectError(error, randomUUID());
+    const trailers = [...setTrailerStatus(new Headers(), told)];
+    const bytes = trailers.reduce((sum, [name, value]) => sum + name.length + value.length + 32, 0);
+    assert.ok(bytes > 2_000 && bytes <= 8 * 1024 - 512, `${bytes} bytes`);
+    assert.match(told.rawMessage, /^\ufffd"漢.*…$/u);
+  }
+  const [badRequest] = toConnectError(errors[0], "r1").findDetails(BadRequestSchema);
+  assert.match(badRequest?.fieldViolations[0]?.field ?? "", /^spec\.env\[.*…$/su);
+});
+
+test("as many violations are told as there is room for, and those that fit are told whole", () => {
+  const fields = Array.from({ length: 32 }, (_, index) => ({
+    field: `spec.labels[${index}]`,
+    rule: "string.max_len",
+    message: "must be at most 63 characters",
+  }));
+  const [badRequest] = toConnectError(
+    new DomainError(ErrorReason.INVALID_ARGUMENT, "why", { fields }),
+    "r1",
+  ).findDetails(BadRequestSchema);
+  assert.deepEqual(
+    badRequest?.fieldViolations.map(({ field, description, reason }) => ({
+      field,
+      rule: reason,
+      message: description,
+    })),
+    fields,
+  );
 });
 
 test("a limit that is reached is told as a quota failure", () => {

@@ -10,7 +10,7 @@ import {
   RetryInfoSchema,
 } from "@clodei/proto/gen/google/rpc/error_details";
 import { DatabaseAwayError } from "../platform/database.ts";
-import { DomainError } from "../platform/errors.ts";
+import { DomainError, type FieldViolation } from "../platform/errors.ts";
 
 /** The domain of our reasons in google.rpc.ErrorInfo. */
 export const errorDomain = "clodei.com";
@@ -75,6 +75,16 @@ export type Status = {
   readonly details: readonly ErrorDetail[];
 };
 
+/**
+ * What an error may have. gRPC carries one in trailers, the message twice: percent-encoded, and with the details as
+ * base64. Clients on grpc-core refuse trailers of more than 8 KiB in all, and those of more than 64 KiB cannot be sent:
+ * Node.js ends the connection then, and with it what others ask for on it. A request that an error quotes has up to 4 MiB.
+ */
+const maxMessageBytes = 1_536;
+const maxViolationsBytes = 2_048;
+const maxViolationTextBytes = 512;
+const maxMetadataBytes = 1_024;
+
 /** The name of a reason, as google.rpc.ErrorInfo carries it. */
 export function reasonName(reason: ErrorReason): ReasonName {
   if (isUnknownEnum(ErrorReasonSchema, reason)) return "INTERNAL";
@@ -89,7 +99,7 @@ export function statusOf(error: unknown, requestId: string): Status {
   return {
     code: codeOfReason[reason],
     reason,
-    message: told.message,
+    message: clip(told.message, maxMessageBytes),
     details: detailsOf(told, reason, requestId),
   };
 }
@@ -207,19 +217,15 @@ function reasonOfCode(code: Code): ErrorReason {
 }
 
 function detailsOf(error: DomainError, reason: ReasonName, requestId: string): ErrorDetail[] {
-  const details: ErrorDetail[] = [
-    { desc: ErrorInfoSchema, value: { reason, domain: errorDomain, metadata: { ...error.metadata, requestId } } },
-  ];
+  const metadata: Record<string, string> = { requestId };
+  for (const [name, value] of Object.entries(error.metadata)) metadata[name] = clip(value, maxMetadataBytes);
+  const details: ErrorDetail[] = [{ desc: ErrorInfoSchema, value: { reason, domain: errorDomain, metadata } }];
   if (error.fields.length > 0) {
-    const fieldViolations = error.fields.map(({ field, rule, message }) => ({
-      field,
-      description: message,
-      reason: rule,
-    }));
-    details.push({ desc: BadRequestSchema, value: { fieldViolations } });
+    details.push({ desc: BadRequestSchema, value: { fieldViolations: violationsOf(error.fields) } });
   }
   if (error.quotaSubject !== undefined) {
-    const violations = [{ subject: error.quotaSubject, description: error.message }];
+    const description = clip(error.message, maxViolationTextBytes);
+    const violations = [{ subject: error.quotaSubject, description }];
     details.push({ desc: QuotaFailureSchema, value: { violations } });
   }
   if (error.retryAfterMs !== undefined) {
@@ -228,6 +234,37 @@ function detailsOf(error: DomainError, reason: ReasonName, requestId: string): E
     details.push({ desc: RetryInfoSchema, value: { retryDelay } });
   }
   return details;
+}
+
+/** The first ones, one at least, of as many fields as there is room for. A field's path may hold a key of the caller's. */
+function violationsOf(fields: readonly FieldViolation[]): { field: string; description: string; reason: string }[] {
+  let bytes = 0;
+  const violations = fields.map(({ field, rule, message }) => ({
+    field: clip(field, maxViolationTextBytes),
+    description: clip(message, maxViolationTextBytes),
+    reason: rule,
+  }));
+  return violations.filter(({ field, description, reason }, index) => {
+    bytes += Buffer.byteLength(field + description + reason);
+    return index === 0 || bytes <= maxViolationsBytes;
+  });
+}
+
+const ellipsis = "…";
+
+/** The text as UTF-8 can carry it, and cut where its percent-encoding would take more bytes. */
+function clip(text: string, maxBytes: number): string {
+  // No character takes less than one byte: a long text is not gone through to its end.
+  const start = text.slice(0, maxBytes).toWellFormed();
+  if (start.length === text.length && encodeURIComponent(start).length <= maxBytes) return start;
+  let bytes = encodeURIComponent(ellipsis).length;
+  let clipped = "";
+  for (const character of start) {
+    bytes += encodeURIComponent(character).length;
+    if (bytes > maxBytes) break;
+    clipped += character;
+  }
+  return clipped + ellipsis;
 }
 
 function isReasonName(name: string): name is ReasonName {

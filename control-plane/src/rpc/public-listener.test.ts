@@ -123,6 +123,19 @@ describe("the public listener", () => {
     }
   });
 
+  test("tells an error that quotes a huge request as it tells any other", async () => {
+    await using listener = await startTestListener(routes);
+    const key = "é".repeat(500_000);
+    for (const kind of transportKinds) {
+      const client = createClient(InstanceService, listener.transport(kind, admin));
+      const invalid = await rejection(client.createInstance({ spec: { image: "busybox", env: { [key]: "1" } } }));
+      assert.deepEqual([invalid.code, reasonOf(invalid)], [Code.InvalidArgument, "INVALID_ARGUMENT"], kind);
+      const [violation] = invalid.findDetails(BadRequestSchema)[0]?.fieldViolations ?? [];
+      assert.match(violation?.field ?? "", /^spec\.env\["é+…$/u, kind);
+      assert.match(invalid.rawMessage, /^spec\.env\["é+…$/u, kind);
+    }
+  });
+
   test("logs each request with its id, method and code, and nothing that the customer sent", async () => {
     await using listener = await startTestListener(routes);
     const client = createClient(InstanceService, listener.transport("grpc", admin));
