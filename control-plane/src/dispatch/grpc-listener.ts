@@ -1,7 +1,7 @@
 // A gRPC listener that knows its clients by their certificates: what the node listener and the replica listener have in
 // common. It owns connections and TLS; what is said on them is its service's.
 import type { Http2SecureServer, ServerHttp2Stream } from "node:http2";
-import { type ConnectionInjector, Server } from "@grpc/grpc-js";
+import { type ConnectionInjector, Server, ServerInterceptingCall, type ServerInterceptor } from "@grpc/grpc-js";
 import type { DescService } from "@bufbuild/protobuf";
 import type { FreshCertificate } from "../rpc/listener-certificate.ts";
 import { type ConnectionRefusal, Connections, type ProxyProtocol } from "./connections.ts";
@@ -27,6 +27,13 @@ export type GrpcListenerOptions<S extends DescService> = {
 
 /** Agents have their session on their connection, and replicas open theirs when they want something. */
 const idleConnectionMs = 60_000;
+
+/**
+ * Lets no handler of a server stream be called for a request that was answered already, because what followed its message
+ * was refused. Such a handler is told of no end, and waits for its first write for good. Without an interceptor grpc-js
+ * calls it; with one, whatever that does, it drops all that comes after the end of a call.
+ */
+const dropAnswered: ServerInterceptor = (_method, call) => new ServerInterceptingCall(call);
 
 /** "host:port", as it is written for addresses of both kinds. */
 export function endpointOf(host: string, port: number): string {
@@ -71,6 +78,10 @@ export class GrpcListener {
       "grpc.max_connection_idle_ms": idleConnectionMs,
       // Its bookkeeping costs memory for every connection, and nothing reads it.
       "grpc.enable_channelz": 0,
+      // Each call would pay for it: only where there is something to mend.
+      ...(service.methods.some((method) => method.methodKind === "server_streaming") && {
+        interceptors: [dropAnswered],
+      }),
     });
     addGrpcService(server, service, handlers, createMessageCheck(service.methods.map(({ input }) => input)));
     const listener = new GrpcListener(

@@ -2,14 +2,16 @@
 // process that share nothing but the database and the CA.
 import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
+import { once } from "node:events";
+import http2 from "node:http2";
 import { after, before, beforeEach, test } from "node:test";
 import tls from "node:tls";
-import { create, type Message, type MessageInitShape } from "@bufbuild/protobuf";
+import { create, type Message, type MessageInitShape, toBinary } from "@bufbuild/protobuf";
 import { timestampFromMs } from "@bufbuild/protobuf/wkt";
-import { type Client, ConnectError, createClient } from "@connectrpc/connect";
+import { type Client, Code, ConnectError, createClient } from "@connectrpc/connect";
 import { createGrpcTransport } from "@connectrpc/connect-node";
 import { AttemptPhase, AttemptRefSchema, LogsRefusedReason } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
-import { type RelayLogsRequestSchema, ReplicaService } from "@clodei/proto/gen/clodei/replica/v1/replica_service";
+import { RelayLogsRequestSchema, ReplicaService } from "@clodei/proto/gen/clodei/replica/v1/replica_service";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { InstanceReason } from "@clodei/proto/gen/clodei/v1/instance";
 import { LogStream } from "@clodei/proto/gen/clodei/v1/instance_service";
@@ -492,6 +494,41 @@ test("a replica is given what is the organization's and on the node, whatever it
   const good = collectPieces(client);
   agent.upload(await agent.next("openLogs")).end(true);
   assert.deepEqual(await good, ["end"]);
+});
+
+test("a request that is refused behind its first message is not served as well", async () => {
+  const identity = await fleet.authority.issueReplicaCertificate(randomUUID(), new Date());
+  const client = http2.connect(`https://${endpointOf(near)}`, {
+    ca: fleet.authority.certificatePem,
+    cert: identity.certificateChainPem,
+    key: identity.privateKeyPem,
+    checkServerIdentity: () => undefined,
+  });
+  // Before that, Node.js sends what is written as one piece, which would be refused before it is looked at.
+  await once(client, "remoteSettings");
+  const attempt = { instanceId, attempt: 1 };
+  const request = { nodeId: node.nodeId, organizationId: fleet.organizationId, attempt, follow: true };
+  const message = toBinary(RelayLogsRequestSchema, create(RelayLogsRequestSchema, request));
+  const stream = client.request({
+    ":method": "POST",
+    ":path": `/${ReplicaService.typeName}/${ReplicaService.method.relayLogs.name}`,
+    "content-type": "application/grpc",
+    te: "trailers",
+  });
+  stream.write(Buffer.concat([Buffer.from([0, 0, 0, 0, message.length]), message]));
+  // More than any message may have.
+  stream.end(Buffer.from([0, 0x7f, 0xff, 0xff, 0xff]));
+  const [headers] = (await once(stream, "response")) as [http2.IncomingHttpHeaders];
+  assert.equal(Number(headers["grpc-status"]), Code.ResourceExhausted);
+  client.close();
+  // What is served afterwards shows that this was not.
+  const good = collectPieces(rawClient(near, identity));
+  agent.upload(await agent.next("openLogs")).end(true);
+  assert.deepEqual(await good, ["end"]);
+  assert.equal(agent.count("openLogs"), 1);
+  await eventually("no stream is left", async () => {
+    return (await metric(near, 'clodei_replica_log_streams{side="serves"}')) === 0;
+  });
 });
 
 // --- certificates that end
