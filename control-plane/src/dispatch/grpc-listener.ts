@@ -30,8 +30,8 @@ const idleConnectionMs = 60_000;
 
 /**
  * Lets no handler of a server stream be called for a request that was answered already, because what followed its message
- * was refused. Such a handler is told of no end, and waits for its first write for good. Without an interceptor grpc-js
- * calls it; with one, whatever that does, it drops all that comes after the end of a call.
+ * was refused. Such a handler is told of no end, and waits for its first write for good. By itself grpc-js calls it all
+ * the same; where there is any interceptor, it drops what comes after the end of a call.
  */
 const dropAnswered: ServerInterceptor = (_method, call) => new ServerInterceptingCall(call);
 

@@ -49,7 +49,7 @@ export type FleetNode = {
 
 /**
  * Whether new instances may be placed on a node now. Not where its agent left, though its lease goes on: what is placed
- * there waits for it to come back, and only another node could take it sooner.
+ * there waits for it to come back, while another node could begin it at once.
  */
 export function takesNewWork(node: Pick<FleetNode, "state" | "connected" | "cordoned" | "acceptingWork">): boolean {
   return node.state === "ready" && node.connected && !node.cordoned && node.acceptingWork;

@@ -170,7 +170,7 @@ export class NodesService {
     this.#hint(tx, "nodes", "placement", "instances");
   }
 
-  /** The node's session ended. Its state stays until the lease ends: a reconnect is no news. @throws DomainError NOT_FOUND. */
+  /** The node's session ended. Its state stays until the lease ends, but it gets no new work. @throws DomainError NOT_FOUND. */
   async recordDisconnect(tx: SystemTx, nodeId: NodeId): Promise<void> {
     const node = await lockNode(tx, nodeId);
     if (!node.connected) return;

@@ -31,7 +31,7 @@ export type CreatedOrganization = {
 
 /** Names the organization in whose name a token's bearer acts. */
 const organizationHeader = "clodei-organization";
-/** An error lists so many organizations, for which it has room. */
+/** An error lists so many organizations: there is room for their ids, and their names in the message may be cut. */
 const maxListedOrganizations = 30;
 
 /** Organizations and their members. */

@@ -77,31 +77,40 @@ test("a request that is no message is the caller's error, whatever Connect calls
 });
 
 test("an error has a bound, whatever it quotes, and is told in the trailers that every gRPC client takes", () => {
-  const quoted = `\ud800"漢`.repeat(1_000_000);
-  const fields = Array.from({ length: 32 }, () => ({
-    field: `spec.env[${quoted}]`,
-    rule: "string.x",
-    message: quoted,
-  }));
-  const organizationId = newId("org");
-  const errors = [
-    new DomainError(ErrorReason.INVALID_ARGUMENT, quoted, { fields, metadata: { quoted } }),
-    new DomainError(ErrorReason.QUOTA_EXCEEDED, quoted, { quotaSubject: `organization:${organizationId}` }),
-    new ConnectError(quoted, Code.InvalidArgument),
-  ];
-  for (const error of errors) {
-    const told = toConnectError(error, randomUUID());
-    const trailers = [...setTrailerStatus(new Headers(), told)];
-    const bytes = trailers.reduce((sum, [name, value]) => sum + name.length + value.length + 32, 0);
-    assert.ok(bytes > 2_000 && bytes <= 8 * 1024 - 512, `${bytes} bytes`);
-    assert.match(told.rawMessage, /^\ufffd"漢.*…$/u);
+  const quotaSubject = `organization:${newId("org")}`;
+  // One takes the most room percent-encoded, the other as it is.
+  for (const quoted of [`\ud800"漢`.repeat(1_000_000), "word".repeat(1_000_000)]) {
+    const large = { field: `spec.env[${quoted}]`, rule: "string.x", message: quoted };
+    const small = { field: "a", rule: "b", message: "c" };
+    const metadata = { quota: quoted, limit: quoted };
+    const errors = [
+      new DomainError(ErrorReason.INVALID_ARGUMENT, quoted, {
+        fields: Array.from({ length: 32 }, () => large),
+        metadata,
+      }),
+      new DomainError(ErrorReason.INVALID_ARGUMENT, quoted, {
+        fields: Array.from({ length: 1_000 }, () => small),
+        metadata,
+      }),
+      new DomainError(ErrorReason.QUOTA_EXCEEDED, quoted, { quotaSubject, metadata, retryAfterMs: 1_500 }),
+      new ConnectError(quoted, Code.InvalidArgument),
+    ];
+    for (const error of errors) {
+      const told = toConnectError(error, randomUUID());
+      const trailers = [...setTrailerStatus(new Headers(), told)];
+      const bytes = trailers.reduce((sum, [name, value]) => sum + name.length + value.length + 32, 0);
+      // Some are left for the headers of an answer that has nothing else.
+      assert.ok(bytes > 2_000 && bytes <= 8 * 1024 - 512, `${bytes} bytes`);
+      assert.ok(told.rawMessage.startsWith(quoted.slice(0, 100).toWellFormed()));
+      assert.ok(told.rawMessage.endsWith("…"));
+    }
+    const [badRequest] = toConnectError(errors[0], "r1").findDetails(BadRequestSchema);
+    assert.match(badRequest?.fieldViolations[0]?.field ?? "", /^spec\.env\[.*…$/su);
   }
-  const [badRequest] = toConnectError(errors[0], "r1").findDetails(BadRequestSchema);
-  assert.match(badRequest?.fieldViolations[0]?.field ?? "", /^spec\.env\[.*…$/su);
 });
 
 test("as many violations are told as there is room for, and those that fit are told whole", () => {
-  const fields = Array.from({ length: 32 }, (_, index) => ({
+  const fields = Array.from({ length: 16 }, (_, index) => ({
     field: `spec.labels[${index}]`,
     rule: "string.max_len",
     message: "must be at most 63 characters",

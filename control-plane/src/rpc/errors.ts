@@ -80,9 +80,11 @@ export type Status = {
  * base64. Clients on grpc-core refuse trailers of more than 8 KiB in all, and those of more than 64 KiB cannot be sent:
  * Node.js ends the connection then, and with it what others ask for on it. A request that an error quotes has up to 4 MiB.
  */
-const maxMessageBytes = 1_536;
+const maxMessageBytes = 1_280;
 const maxViolationsBytes = 2_048;
 const maxViolationTextBytes = 512;
+/** What a violation takes beside its texts. */
+const violationFrameBytes = 16;
 const maxMetadataBytes = 1_024;
 
 /** The name of a reason, as google.rpc.ErrorInfo carries it. */
@@ -217,8 +219,10 @@ function reasonOfCode(code: Code): ErrorReason {
 }
 
 function detailsOf(error: DomainError, reason: ReasonName, requestId: string): ErrorDetail[] {
-  const metadata: Record<string, string> = { requestId };
-  for (const [name, value] of Object.entries(error.metadata)) metadata[name] = clip(value, maxMetadataBytes);
+  const facts = Object.entries(error.metadata);
+  const metadata: Record<string, string> = {};
+  for (const [name, value] of facts) metadata[name] = clip(value, Math.floor(maxMetadataBytes / facts.length));
+  metadata["requestId"] = requestId;
   const details: ErrorDetail[] = [{ desc: ErrorInfoSchema, value: { reason, domain: errorDomain, metadata } }];
   if (error.fields.length > 0) {
     details.push({ desc: BadRequestSchema, value: { fieldViolations: violationsOf(error.fields) } });
@@ -245,7 +249,7 @@ function violationsOf(fields: readonly FieldViolation[]): { field: string; descr
     reason: rule,
   }));
   return violations.filter(({ field, description, reason }, index) => {
-    bytes += Buffer.byteLength(field + description + reason);
+    bytes += Buffer.byteLength(field + description + reason) + violationFrameBytes;
     return index === 0 || bytes <= maxViolationsBytes;
   });
 }

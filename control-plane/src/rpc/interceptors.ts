@@ -62,7 +62,7 @@ export function createGate(options: PipelineOptions): (context: HandlerContext) 
       if (!openServices.has(context.service.typeName)) {
         record.caller = await identify(options.authenticate, context.requestHeader);
       }
-      // A deadline that is over by now. Whatever came after it would be told without its reason: see completeErrors.
+      // A deadline that is over by now: nothing is read for it any more.
       context.signal.throwIfAborted();
       checkQuery(context);
     } catch (error) {
@@ -85,19 +85,27 @@ function checkQuery({ requestMethod, url }: HandlerContext): void {
 
 /**
  * Connect makes some errors before an interceptor sees the request: for a body that cannot be read or is too long, and
- * for an unknown compression. It aborts the request's signal with the very error that it sends next, in each of its
- * protocols: there they get their reason, its code and our request id.
+ * for an unknown compression. It aborts the request with the very error that it sends next, in each of its protocols:
+ * there they get their reason, its code, our request id and their bound.
  */
 function completeErrors(context: HandlerContext, record: RequestRecord, log: Log): void {
-  const complete = (): void => {
-    const error: unknown = context.signal.reason;
+  const complete = (error: unknown): void => {
     // One with details has been through here, or through the interceptors.
     if (!(error instanceof ConnectError) || error.details.length > 0) return;
     const explained = explainJsonError(context.method.input, error.rawMessage);
     const { code, message, rawMessage, details } = tell(explained ?? error, record, log);
     Object.assign(error, { code, message, rawMessage, details });
   };
-  context.signal.addEventListener("abort", complete, { once: true });
+  // The deadline's own comes by the signal alone. It does not stop the reading of a body, so that another may follow,
+  // and that one changes nothing about a signal that is aborted already.
+  context.signal.addEventListener("abort", () => complete(context.signal.reason), { once: true });
+  // Not in the type, and in the object: where a version has it elsewhere, this throws for every request.
+  const abortable = context as HandlerContext & { abort: (reason?: unknown) => void };
+  const abort = abortable.abort.bind(context);
+  abortable.abort = (reason) => {
+    complete(reason);
+    abort(reason);
+  };
 }
 
 /** The onion, the outermost first. */

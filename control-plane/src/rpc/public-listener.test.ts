@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
+import { once } from "node:events";
 import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { connect as connectHttp2, constants } from "node:http2";
 import { connect as connectTcp } from "node:net";
@@ -13,6 +14,7 @@ import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { create } from "@bufbuild/protobuf";
 import { Code, ConnectError, createClient, type ConnectRouter } from "@connectrpc/connect";
+import { findTrailerError } from "@connectrpc/connect/protocol-grpc";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
 import { IdentityService } from "@clodei/proto/gen/clodei/v1/identity_service";
 import { InstanceService, WatchInstancesResponseSchema } from "@clodei/proto/gen/clodei/v1/instance_service";
@@ -134,6 +136,38 @@ describe("the public listener", () => {
       assert.match(violation?.field ?? "", /^spec\.env\["é+…$/u, kind);
       assert.match(invalid.rawMessage, /^spec\.env\["é+…$/u, kind);
     }
+  });
+
+  test("tells it so also where the deadline passes before the body comes", async () => {
+    await using listener = await startTestListener(routes);
+    const body = JSON.stringify({ ["k".repeat(200_000)]: 1 });
+    const frame = Buffer.concat([Buffer.alloc(5), Buffer.from(body)]);
+    frame.writeUInt32BE(body.length, 1);
+    const client = connectHttp2(listener.url, { ca: listener.caPem });
+    const stream = client.request({
+      ":method": "POST",
+      ":path": "/clodei.v1.InstanceService/GetInstance",
+      "content-type": "application/grpc+json",
+      "grpc-timeout": "100m",
+      te: "trailers",
+      authorization: admin,
+    });
+    await sleep(300);
+    stream.end(frame);
+    // Alone, or behind headers that came before.
+    const told = new Headers();
+    const take = (headers: object): void => {
+      for (const [name, value] of Object.entries(headers)) if (!name.startsWith(":")) told.set(name, String(value));
+    };
+    stream.once("response", take).once("trailers", take).resume();
+    await once(stream, "close");
+    client.close();
+    const error = findTrailerError(told);
+    assert.ok(error !== undefined);
+    assert.equal(reasonOf(error), "INVALID_ARGUMENT");
+    assert.ok(error.rawMessage.length > 500 && error.rawMessage.length <= 1_300, `${error.rawMessage.length}`);
+    await sleep(50);
+    assert.ok(listener.lines.some((line) => /GetInstance","code":"invalid_argument"/.test(line)));
   });
 
   test("logs each request with its id, method and code, and nothing that the customer sent", async () => {
