@@ -138,7 +138,7 @@ describe("the public listener", () => {
     }
   });
 
-  test("tells it so also where the deadline passes before the body comes", async () => {
+  test("gives an error its reason and its bound also where the deadline passes before the body comes", async () => {
     await using listener = await startTestListener(routes);
     const body = JSON.stringify({ ["k".repeat(200_000)]: 1 });
     const frame = Buffer.concat([Buffer.alloc(5), Buffer.from(body)]);
