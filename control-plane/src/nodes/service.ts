@@ -21,6 +21,7 @@ import {
 import { assertMayWork, type Hints, hintAfterCommit, lockNode, requireNode } from "./standing.ts";
 import * as store from "./store.ts";
 
+export { takesNewWork } from "./model.ts";
 export type { CertificateCheck, FleetNode } from "./model.ts";
 export type { NodeStanding } from "./store.ts";
 export type { Authority } from "./authority.ts";

@@ -1,7 +1,7 @@
 // What placement knows of a node: what it reported, less what is allocated on it.
 import { GpuHealth, MigMode, type Gpu } from "@clodei/proto/gen/clodei/v1/inventory";
 import type { NodeId } from "@clodei/proto/ids";
-import type { FleetNode as NodeRecord } from "../nodes/service.ts";
+import { type FleetNode as NodeRecord, takesNewWork } from "../nodes/service.ts";
 import type { FleetGpu, FleetNode, NodeObstacle } from "./model.ts";
 
 /** Memory that instances are not given: the agent, the engine and the kernel need some. */
@@ -73,6 +73,7 @@ function createFleetGpu(gpu: Gpu, allocated: ReadonlySet<string>): FleetGpu {
 }
 
 function obstacleOf(node: NodeRecord): NodeObstacle | undefined {
+  if (takesNewWork(node)) return undefined;
   switch (node.state) {
     case "enrolled":
     case "unreachable":
@@ -83,7 +84,6 @@ function obstacleOf(node: NodeRecord): NodeObstacle | undefined {
       return "revoked";
     case "ready":
       if (!node.connected) return "unreachable";
-      if (node.cordoned) return "cordoned";
-      return node.acceptingWork ? undefined : "not_accepting";
+      return node.cordoned ? "cordoned" : "not_accepting";
   }
 }
