@@ -21,8 +21,8 @@ export type Peer = {
 /** Why a node may not speak. */
 export type Refusal = { readonly reason: ErrorReason; readonly message: string };
 
-/** What the database says of certificates, by their serials. Undefined of one that it does not know. */
-export type Checks = ReadonlyMap<string, CertificateCheck | undefined>;
+/** What the database says of certificates, in the order that it was asked in. Undefined of one that it does not know. */
+export type Checks = readonly (CertificateCheck | undefined)[];
 
 type Remembered = { readonly check: CertificateCheck | undefined; atMs: number };
 
@@ -53,12 +53,12 @@ export class CertificateGate {
   async refusal(peer: Peer): Promise<Refusal | undefined> {
     const remembered = this.#recent(peer);
     if (remembered !== undefined) return this.#judge(peer, remembered.check);
-    return this.#judge(peer, (await this.#ask(peer)).get(peer.certificateSerial));
+    return this.#judge(peer, await this.#ask(peer));
   }
 
-  /** The same, of an answer of `refresh` and at a time that was asked for once, for many. */
-  refusalBy(checks: Checks, peer: Peer, now: Date): Refusal | undefined {
-    return this.#judge(peer, checks.get(peer.certificateSerial), now);
+  /** The same, of what `refresh` answered for the peer and at a time that was asked for once, for many. */
+  refusalBy(check: Checks[number], peer: Peer, now: Date): Refusal | undefined {
+    return this.#judge(peer, check, now);
   }
 
   /** Whether the peer may speak for all that is remembered. False where nothing is: `refusal` asks then. */
@@ -72,25 +72,31 @@ export class CertificateGate {
    * would be older.
    */
   async refresh(tx: SystemTx, peers: readonly Peer[]): Promise<Checks> {
-    const serials = [...new Set(peers.map((peer) => peer.certificateSerial))];
     // Taken before the question: an answer is as old as the moment in which it was asked for.
     const atMs = performance.now();
+    const serials = peers.map((peer) => peer.certificateSerial);
     // Taken before the question as well: meanwhile the memory may be cleared.
-    const known = new Map(serials.map((serial) => [serial, this.#remembered.get(serial)?.check]));
-    const good = serials.filter((serial) => isGood(known.get(serial)));
-    const ended = good.length === 0 ? [] : await this.#nodes.endedCertificates(tx, good);
-    for (const serial of ended) known.delete(serial);
-    const doubtful = serials.filter((serial) => !isGood(known.get(serial)));
-    const checks = doubtful.length === 0 ? undefined : await this.#nodes.checkCertificates(tx, doubtful);
-    for (const serial of doubtful) known.set(serial, checks?.get(serial));
+    const checks = serials.map((serial) => this.#remembered.get(serial)?.check);
+    const good = serials.filter((_, index) => isGood(checks[index]));
+    const ended = new Set(good.length === 0 ? [] : await this.#nodes.endedCertificates(tx, good));
+    const doubtful = new Set(serials.filter((serial, index) => !isGood(checks[index]) || ended.has(serial)));
+    if (doubtful.size > 0) {
+      const answers = await this.#nodes.checkCertificates(tx, [...doubtful]);
+      for (const [index, serial] of serials.entries()) if (doubtful.has(serial)) checks[index] = answers.get(serial);
+    }
+    this.#remember(serials, checks, atMs);
+    return checks;
+  }
+
+  #remember(serials: readonly string[], checks: Checks, atMs: number): void {
     if (this.#remembered.size + serials.length > this.#limits.maxCachedCertificates) this.#remembered.clear();
-    for (const [serial, check] of known) {
+    for (const [index, serial] of serials.entries()) {
+      const check = checks[index];
       const remembered = this.#remembered.get(serial);
       // In place: of thousands, a new one each second would be garbage that has grown old.
       if (remembered !== undefined && remembered.check === check) remembered.atMs = atMs;
       else this.#remembered.set(serial, { check, atMs });
     }
-    return known;
   }
 
   /**
@@ -98,7 +104,7 @@ export class CertificateGate {
    * way at a time. Else a process that has been too busy to refresh would ask for each message of each agent by itself,
    * and stay too busy.
    */
-  #ask(peer: Peer): Promise<Checks> {
+  async #ask(peer: Peer): Promise<Checks[number]> {
     if (this.#next === undefined) {
       const peers: Peer[] = [];
       const checks = this.#asking.then(() => {
@@ -108,8 +114,9 @@ export class CertificateGate {
       this.#next = { peers, checks };
       this.#asking = checks.catch(() => undefined);
     }
-    this.#next.peers.push(peer);
-    return this.#next.checks;
+    const { peers, checks } = this.#next;
+    const index = peers.push(peer) - 1;
+    return (await checks)[index];
   }
 
   #recent(peer: Peer): Remembered | undefined {
@@ -123,7 +130,9 @@ export class CertificateGate {
     if (check === undefined || check.nodeId !== peer.nodeId) return certificateInvalid("the certificate is unknown");
     if (check.state === "revoked") return { reason: ErrorReason.NODE_REVOKED, message: "the node was revoked" };
     if (check.fault !== undefined) return certificateInvalid(`the certificate is ${check.fault}`);
-    if (check.expireTime <= now || peer.certificateExpireTime <= now) {
+    // As numbers: comparing objects is slow where it is done for every session every second.
+    const nowMs = now.getTime();
+    if (check.expireTime.getTime() <= nowMs || peer.certificateExpireTime.getTime() <= nowMs) {
       return certificateInvalid("the certificate is expired");
     }
     if (check.state === "quarantined") {

@@ -4,6 +4,7 @@
 //
 // What a heartbeat says of its node is rarely news, and then taken in after it is acknowledged, some nodes at a time.
 // When a whole fleet comes back everything is news: no agent's lease may run out because others' words are written down.
+import { setImmediate as nextTurn } from "node:timers/promises";
 import type { Heartbeat } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import type { NodeId } from "@clodei/proto/ids";
 import type { HeartbeatFacts, NodesService } from "../nodes/service.ts";
@@ -17,6 +18,8 @@ import { lockStandingSessions, recordSessionHeartbeats } from "./store.ts";
 const maxBatch = 500;
 /** Nodes whose news one transaction takes in: others that want to change one of them wait for it. */
 const maxNews = 16;
+/** Acknowledged at a time: each is encoded and encrypted, and meanwhile the process does nothing else. */
+const maxAcknowledged = 20;
 
 type Beat = readonly [NodeSession, Heartbeat];
 
@@ -93,25 +96,23 @@ export class HeartbeatBatcher implements AsyncDisposable {
     if (this.#news.size > 0) this.#applying ??= this.#apply().finally(() => (this.#applying = undefined));
   }
 
-  /** Extends leases, acknowledges, and notes whose news is to be taken in. */
+  /** Extends leases, notes whose news is to be taken in, and acknowledges. */
   async #record(batch: readonly Beat[]): Promise<void> {
     const live = batch.filter(isLive);
     if (live.length === 0) return;
     const { database, nodes, clock } = this.#options;
-    await database.system(async (tx) => {
+    const { heard, saysNew } = await database.system(async (tx) => {
       const current = await recordSessionHeartbeats(tx, live.map(sessionOf), clock());
-      const heard = live.filter(([session]) => current.has(session.id));
-      const news = await nodes.recordHeartbeats(tx, heard.map(factsOf));
-      const saysNew: ReadonlySet<NodeId> = new Set(news.map(({ nodeId }) => nodeId));
-      tx.afterCommit(() => {
-        for (const [session, heartbeat] of heard) {
-          session.acknowledgeHeartbeat(heartbeat.sequence);
-          // Also where an older one still waits to be taken in: it would be the last word.
-          const isOvertaking = this.#news.has(session) || this.#inApplication.has(session);
-          if (isOvertaking || saysNew.has(session.nodeId)) this.#news.set(session, heartbeat);
-        }
-      });
+      const standing = live.filter(([session]) => current.has(session.id));
+      const news = await nodes.recordHeartbeats(tx, standing.map(factsOf));
+      return { heard: standing, saysNew: new Set<NodeId>(news.map(({ nodeId }) => nodeId)) };
     });
+    for (const [session, heartbeat] of heard) {
+      // Also where an older one still waits to be taken in: it would be the last word.
+      const isOvertaking = this.#news.has(session) || this.#inApplication.has(session);
+      if (isOvertaking || saysNew.has(session.nodeId)) this.#news.set(session, heartbeat);
+    }
+    await acknowledge(heard);
   }
 
   async #apply(): Promise<void> {
@@ -138,6 +139,15 @@ export class HeartbeatBatcher implements AsyncDisposable {
       const standing = live.filter(([session]) => current.has(session.id));
       await this.#options.nodes.applyHeartbeats(tx, standing.map(factsOf));
     });
+  }
+}
+
+async function acknowledge(beats: readonly Beat[]): Promise<void> {
+  for (let start = 0; start < beats.length; start += maxAcknowledged) {
+    if (start > 0) await nextTurn();
+    for (const [session, { sequence }] of beats.slice(start, start + maxAcknowledged)) {
+      session.acknowledgeHeartbeat(sequence);
+    }
   }
 }
 

@@ -152,8 +152,8 @@ export class SessionKeeper implements AsyncDisposable {
     const { checks, unsettled, behind } = await this.#look(sessions);
     const now = clock();
     const nowMs = performance.now();
-    for (const session of sessions) {
-      const refusal = gate.refusalBy(checks, session.link.peer, now);
+    for (const [index, session] of sessions.entries()) {
+      const refusal = gate.refusalBy(checks[index], session.link.peer, now);
       const row = unsettled.get(session.nodeId);
       if (row !== undefined && row.sessionId !== session.id) {
         // Before the certificate: a renewal supersedes the certificate of the session that it replaces.

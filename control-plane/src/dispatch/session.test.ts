@@ -245,6 +245,17 @@ test("heartbeats are acknowledged before what they say is taken in, and the last
   assert.ok(await wavering.stored("first"), "an older heartbeat was the last word");
 });
 
+test("of heartbeats that are recorded together each is acknowledged", async () => {
+  const agents = await Promise.all(
+    Array.from({ length: 25 }, async () => (await ScriptedAgent.open(clientOf(await fleet.enroll()))).agent),
+  );
+  // The first of all may be recorded alone; the second round gathers meanwhile.
+  for (const sequence of [1n, 2n]) {
+    for (const agent of agents) agent.heartbeat(sequence);
+    for (const agent of agents) await agent.next("ack", (ack) => ack.heartbeatSequence === sequence);
+  }
+});
+
 test("a heartbeat that an inventory overtakes does not take its GPUs' health back", async () => {
   const node = await fleet.enroll();
   const { agent } = await ScriptedAgent.open(clientOf(node));

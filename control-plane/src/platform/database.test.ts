@@ -194,8 +194,10 @@ describe("the database", () => {
       ]),
     );
     assert.deepEqual(row, { texts: ["ins_01h", "f81d4fae-7dec"], numbers: [-1n, 2n], none: [] });
-    for (const text of ['a"b', "a b", "a,b", "", "null", "a{", "a\\b", "a'b", "é"])
+    for (const text of ['a"b', "a b", "a,b", "", "null", "a{", "a\\b", "a'b", "é", "a\n"]) {
       assert.throws(() => idArray([text]), TypeError, text);
+      assert.throws(() => idArray(["a", text, "b"]), TypeError, text);
+    }
   });
 
   test("int8 comes as bigint and timestamps as dates", async () => {

@@ -254,14 +254,17 @@ export class Database implements AsyncDisposable {
 
 /**
  * Ids as a parameter of the type text[] or int8[], of which the caller says in the statement which. The driver quotes and
- * escapes each element, which costs a microsecond; ids need none of that.
+ * escapes each element, which costs a microsecond; ids need none of that. They are looked at all at once: one by one,
+ * thousands each second would cost nearly as much again.
  *
  * @throws TypeError where something is no id: nothing but letters, digits, "_" and "-".
  */
 export function idArray(ids: readonly (string | bigint)[]): string {
-  // What reads "null" is null where it stands without quotes.
-  if (!ids.every((id) => /^(?!null$)[\w-]+$/i.test(String(id)))) throw new TypeError("not ids");
-  return `{${ids.join(",")}}`;
+  const list = ids.join(",");
+  // Without the commas between them, so that none of an id's own passes. What reads "null" is null without quotes.
+  const areIds = /^[\w-]*$/.test(ids.join("")) && !ids.includes("") && !/(?:^|,)null(?:,|$)/i.test(list);
+  if (!areIds) throw new TypeError("not ids");
+  return `{${list}}`;
 }
 
 /** @param effects Where effects wait for the commit; "at once" where each statement commits by itself. */
