@@ -33,6 +33,11 @@ export const dispatchLimits = {
   logsOpenTimeoutMs: 10_000,
   /** How long a certificate's state is believed without asking the database again. */
   certificateCacheMs: 900,
+  /**
+   * All sessions are looked at at least so often, their certificates as well: before what is remembered of these ends.
+   * Else each message that comes in between asks by itself.
+   */
+  sessionLookMs: 800,
   /** Certificates whose state is remembered at once: twice the connections. */
   maxCachedCertificates: 40_000,
   /** Heartbeats are recorded together, at most so often: an agent's lease is sixty times as long. */

@@ -196,7 +196,7 @@ function assemble(deps: NodeListenerDeps): Parts {
     gate,
     metrics,
     log,
-    pollIntervalMs,
+    pollIntervalMs: Math.min(pollIntervalMs, limits.sessionLookMs),
     leaseMs,
   });
   let replicaEndpoint: string | undefined;

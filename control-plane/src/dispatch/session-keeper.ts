@@ -179,13 +179,18 @@ export class SessionKeeper implements AsyncDisposable {
   }> {
     const { database, gate } = this.#options;
     return database.look(async (tx) => {
-      const peers = sessions.map((session) => session.link.peer);
-      const checks = await gate.refresh(tx, peers);
-      const unsettled = await readUnsettledSessions(tx, sessions);
-      const generations = await this.#newerGenerations(tx, sessions);
+      const look = async () => {
+        const checks = await gate.refresh(
+          tx,
+          sessions.map((session) => session.link.peer),
+        );
+        // Afterwards: whoever's certificate a renewal superseded is known as replaced by then.
+        return { checks, unsettled: await readUnsettledSessions(tx, sessions) };
+      };
+      // Meanwhile: each answer that is waited for wakes the process once more.
+      const [standing, generations] = await Promise.all([look(), this.#newerGenerations(tx, sessions)]);
       return {
-        checks,
-        unsettled,
+        ...standing,
         behind: sessions.filter((session) => generationToSend(session, generations) !== undefined),
       };
     });

@@ -151,14 +151,13 @@ export class NodesService {
    * @returns those whose heartbeats say something new, for `applyHeartbeats`.
    */
   async recordHeartbeats(tx: SystemTx, heartbeats: readonly HeartbeatFacts[]): Promise<HeartbeatFacts[]> {
-    const standing = await store.lockForHeartbeat(tx, heartbeats);
-    await store.extendLeases(tx, [...standing.keys()], this.#options.leaseMs);
+    const standing = await store.extendLeases(tx, heartbeats.map(nodeOf), this.#options.leaseMs);
     return heartbeats.filter((heartbeat) => isNews(heartbeat, standing.get(heartbeat.nodeId)));
   }
 
   /** Takes in what heartbeats say, where it is still news. */
   async applyHeartbeats(tx: SystemTx, heartbeats: readonly HeartbeatFacts[]): Promise<void> {
-    const standing = await store.lockForHeartbeat(tx, heartbeats);
+    const standing = await store.lockForHeartbeat(tx, heartbeats.map(nodeOf));
     for (const heartbeat of heartbeats)
       if (isNews(heartbeat, standing.get(heartbeat.nodeId))) await this.#applyHeartbeat(tx, heartbeat);
   }
@@ -310,6 +309,10 @@ export class NodesService {
   #hint(tx: Tx, ...topics: Parameters<Hints["notify"]>[0][]): void {
     hintAfterCommit(tx, this.#options.wakeups, ...topics);
   }
+}
+
+function nodeOf({ nodeId }: HeartbeatFacts): NodeId {
+  return nodeId;
 }
 
 /** Whether a heartbeat says what is not known of its node. Of one that is revoked, or that there is not, nothing is kept. */
