@@ -229,7 +229,7 @@ const settings = {
     "CLODEI_POLL_INTERVAL_MS",
     "--poll-interval-ms",
     "1000",
-    "time between looks at the database, behind hints",
+    "time between looks at the database, behind hints; at sessions of nodes 800 ms at most",
     parseInteger(20, maxDelayMs),
   ),
   hints: setting(

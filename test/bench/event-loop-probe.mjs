@@ -1,4 +1,4 @@
-// Preloaded into a control plane: the first SIGUSR2 begins to watch its event loop, the second prints what was seen.
+// Preloaded into a server: the first SIGUSR2 begins to watch its event loop, the second prints what was seen.
 // At rest it costs nothing, which prom-client's own histogram does not.
 import { monitorEventLoopDelay } from "node:perf_hooks";
 

@@ -1,7 +1,6 @@
 // Agents of a machine that is not there: the real agent's identity, link and journal, and in place of its worker one
 // that takes every desired set and runs nothing. Many in one process, which its parent tells what to do.
 import { mkdir } from "node:fs/promises";
-import { constants, setPriority } from "node:os";
 import { join } from "node:path";
 import { createValidator } from "@bufbuild/protovalidate";
 import { parseSimulatedGpus } from "@clodei/proto/gpu-models";
@@ -24,8 +23,6 @@ const connectsAtOnce = 10;
 const welcomeTimeoutMs = 60_000;
 const gpus = parseSimulatedGpus("8xH100-SXM");
 
-// They stand for other machines: they must not take the core that the control plane would have for itself.
-setPriority(constants.priority.PRIORITY_LOW);
 const host = await readHost();
 const clock = readBootClock();
 const validator = createValidator();

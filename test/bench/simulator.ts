@@ -29,7 +29,11 @@ export class Simulator implements Disposable {
   readonly #child: ChildProcess;
 
   constructor() {
-    this.#child = fork(new URL("simulated-agents.ts", import.meta.url));
+    // They stand for other machines: none of their threads may take the core that a server would have for itself.
+    this.#child = fork(new URL("simulated-agents.ts", import.meta.url), {
+      execPath: "nice",
+      execArgv: ["-n", "19", process.execPath, ...process.execArgv],
+    });
   }
 
   /** Has a command carried out. One at a time. */

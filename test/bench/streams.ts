@@ -124,8 +124,8 @@ export async function benchStreams(): Promise<Figure[]> {
   const echo = await startEcho(controlPlane.folder);
   closing.use(echo.program);
   progress("measuring the event loop");
-  // Beside that of a process that has nothing to do: how late the machine itself is. Before the echo server has as many
-  // agents: on two cores they would be in the way.
+  // Beside that of a process that has nothing to do. Before the echo server has as many agents: on two cores they would
+  // be in the way.
   const [delayMs, idleDelayMs] = await eventLoopP99Ms([program, echo.program]);
   const echoAgents = closing.use(new Simulators(join(folder, "agents"), simulatorProcesses));
   const echoBaseMib = await steadyRssMib(echo.program.pid);

@@ -21,10 +21,10 @@ export type Peer = {
 /** Why a node may not speak. */
 export type Refusal = { readonly reason: ErrorReason; readonly message: string };
 
-/** What the database says of certificates, in the order that it was asked in. Undefined of one that it does not know. */
-export type Checks = readonly (CertificateCheck | undefined)[];
+/** What the database says of a certificate. Undefined of one that it does not know. */
+export type Check = CertificateCheck | undefined;
 
-type Remembered = { readonly check: CertificateCheck | undefined; atMs: number };
+type Remembered = { readonly check: Check; atMs: number };
 
 /** Judges certificates, and remembers the judgment for a moment. */
 export class CertificateGate {
@@ -34,7 +34,7 @@ export class CertificateGate {
   readonly #limits: DispatchLimits;
   readonly #remembered = new Map<string, Remembered>();
   /** The question that goes out next, and whom it is about. */
-  #next: { readonly peers: Peer[]; readonly checks: Promise<Checks> } | undefined;
+  #next: { readonly peers: Peer[]; readonly checks: Promise<readonly Check[]> } | undefined;
   #asking: Promise<unknown> = Promise.resolve();
 
   constructor(options: {
@@ -52,26 +52,21 @@ export class CertificateGate {
   /** Returns why the peer may not speak, or undefined where it may. */
   async refusal(peer: Peer): Promise<Refusal | undefined> {
     const remembered = this.#recent(peer);
-    if (remembered !== undefined) return this.#judge(peer, remembered.check);
-    return this.#judge(peer, await this.#ask(peer));
-  }
-
-  /** The same, of what `refresh` answered for the peer and at a time that was asked for once, for many. */
-  refusalBy(check: Checks[number], peer: Peer, now: Date): Refusal | undefined {
-    return this.#judge(peer, check, now);
+    if (remembered !== undefined) return this.judge(peer, remembered.check);
+    return this.judge(peer, await this.#ask(peer));
   }
 
   /** Whether the peer may speak for all that is remembered. False where nothing is: `refusal` asks then. */
   isKnownGood(peer: Peer): boolean {
     const remembered = this.#recent(peer);
-    return remembered !== undefined && this.#judge(peer, remembered.check) === undefined;
+    return remembered !== undefined && this.judge(peer, remembered.check) === undefined;
   }
 
   /**
-   * Asks the database about all of these at once, by their serials. `tx` must not have read anything before: its view
+   * Asks the database about all of these at once, and answers in their order. `tx` must not have read anything before: its view
    * would be older.
    */
-  async refresh(tx: SystemTx, peers: readonly Peer[]): Promise<Checks> {
+  async refresh(tx: SystemTx, peers: readonly Peer[]): Promise<Check[]> {
     // Taken before the question: an answer is as old as the moment in which it was asked for.
     const atMs = performance.now();
     const serials = peers.map((peer) => peer.certificateSerial);
@@ -88,7 +83,7 @@ export class CertificateGate {
     return checks;
   }
 
-  #remember(serials: readonly string[], checks: Checks, atMs: number): void {
+  #remember(serials: readonly string[], checks: readonly Check[], atMs: number): void {
     if (this.#remembered.size + serials.length > this.#limits.maxCachedCertificates) this.#remembered.clear();
     for (const [index, serial] of serials.entries()) {
       const check = checks[index];
@@ -104,7 +99,7 @@ export class CertificateGate {
    * way at a time. Else a process that has been too busy to refresh would ask for each message of each agent by itself,
    * and stay too busy.
    */
-  async #ask(peer: Peer): Promise<Checks[number]> {
+  async #ask(peer: Peer): Promise<Check> {
     if (this.#next === undefined) {
       const peers: Peer[] = [];
       const checks = this.#asking.then(() => {
@@ -125,7 +120,8 @@ export class CertificateGate {
     return performance.now() - remembered.atMs < this.#limits.certificateCacheMs ? remembered : undefined;
   }
 
-  #judge(peer: Peer, check: CertificateCheck | undefined, now = this.#clock()): Refusal | undefined {
+  /** The same, of what `refresh` answered for the peer. Where many are judged at once, the time is asked for once. */
+  judge(peer: Peer, check: Check, now = this.#clock()): Refusal | undefined {
     // Also where the database does not know the certificate: it was of a node that is no more, or of another control plane.
     if (check === undefined || check.nodeId !== peer.nodeId) return certificateInvalid("the certificate is unknown");
     if (check.state === "revoked") return { reason: ErrorReason.NODE_REVOKED, message: "the node was revoked" };

@@ -2,7 +2,7 @@
 // of thousands of agents. One that comes alone is recorded at once. A heartbeat is acknowledged after the commit,
 // because an agent counts its lease from the last one that was.
 //
-// What a heartbeat says of its node is rarely news, and then taken in after it is acknowledged, some nodes at a time.
+// What a heartbeat says of its node is rarely news, and then taken in apart from that, some nodes at a time.
 // When a whole fleet comes back everything is news: no agent's lease may run out because others' words are written down.
 import { setImmediate as nextTurn } from "node:timers/promises";
 import type { Heartbeat } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
@@ -101,6 +101,9 @@ export class HeartbeatBatcher implements AsyncDisposable {
     const live = batch.filter(isLive);
     if (live.length === 0) return;
     const { database, nodes, clock } = this.#options;
+    // Whose older one still waits to be taken in: it would be the last word. Before the transaction, because the locks of
+    // this one may be gone, and the older one be taken in, before we hear of the commit.
+    const overtaking = new Set(live.map(sessionOf).filter((session) => this.#isBehind(session)));
     const { heard, saysNew } = await database.system(async (tx) => {
       const current = await recordSessionHeartbeats(tx, live.map(sessionOf), clock());
       const standing = live.filter(([session]) => current.has(session.id));
@@ -108,11 +111,13 @@ export class HeartbeatBatcher implements AsyncDisposable {
       return { heard: standing, saysNew: new Set<NodeId>(news.map(({ nodeId }) => nodeId)) };
     });
     for (const [session, heartbeat] of heard) {
-      // Also where an older one still waits to be taken in: it would be the last word.
-      const isOvertaking = this.#news.has(session) || this.#inApplication.has(session);
-      if (isOvertaking || saysNew.has(session.nodeId)) this.#news.set(session, heartbeat);
+      if (overtaking.has(session) || saysNew.has(session.nodeId)) this.#news.set(session, heartbeat);
     }
     await acknowledge(heard);
+  }
+
+  #isBehind(session: NodeSession): boolean {
+    return this.#news.has(session) || this.#inApplication.has(session);
   }
 
   async #apply(): Promise<void> {

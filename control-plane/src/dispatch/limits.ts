@@ -34,8 +34,8 @@ export const dispatchLimits = {
   /** How long a certificate's state is believed without asking the database again. */
   certificateCacheMs: 900,
   /**
-   * All sessions are looked at at least so often, their certificates as well: before what is remembered of these ends.
-   * Else each message that comes in between asks by itself.
+   * Between two looks at all sessions, at most: they come before what is remembered of certificates ends. Else each
+   * message that comes in between asks by itself.
    */
   sessionLookMs: 800,
   /** Certificates whose state is remembered at once: twice the connections. */

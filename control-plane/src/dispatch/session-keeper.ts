@@ -10,7 +10,7 @@ import type { Clock } from "../platform/clock.ts";
 import type { Database, SystemTx } from "../platform/database.ts";
 import type { Log } from "../platform/log.ts";
 import type { Wakeups } from "../platform/wakeups.ts";
-import type { CertificateGate, Checks } from "./certificate-gate.ts";
+import type { CertificateGate, Check } from "./certificate-gate.ts";
 import type { DispatchMetrics } from "./metrics.ts";
 import type { NodeSession } from "./node-session.ts";
 import { type PendingReconcile, reconcileContainers } from "./session-claims.ts";
@@ -153,7 +153,7 @@ export class SessionKeeper implements AsyncDisposable {
     const now = clock();
     const nowMs = performance.now();
     for (const [index, session] of sessions.entries()) {
-      const refusal = gate.refusalBy(checks[index], session.link.peer, now);
+      const refusal = gate.judge(session.link.peer, checks[index], now);
       const row = unsettled.get(session.nodeId);
       if (row !== undefined && row.sessionId !== session.id) {
         // Before the certificate: a renewal supersedes the certificate of the session that it replaces.
@@ -173,13 +173,13 @@ export class SessionKeeper implements AsyncDisposable {
 
   /** What of them is to be looked at: three questions for all, most of which are answered by nothing. */
   async #look(sessions: readonly NodeSession[]): Promise<{
-    checks: Checks;
+    checks: readonly Check[];
     unsettled: ReadonlyMap<NodeId, SessionRow | undefined>;
     behind: NodeSession[];
   }> {
     const { database, gate } = this.#options;
     return database.look(async (tx) => {
-      const look = async () => {
+      const readStanding = async () => {
         const checks = await gate.refresh(
           tx,
           sessions.map((session) => session.link.peer),
@@ -188,7 +188,7 @@ export class SessionKeeper implements AsyncDisposable {
         return { checks, unsettled: await readUnsettledSessions(tx, sessions) };
       };
       // Meanwhile: each answer that is waited for wakes the process once more.
-      const [standing, generations] = await Promise.all([look(), this.#newerGenerations(tx, sessions)]);
+      const [standing, generations] = await Promise.all([readStanding(), this.#newerGenerations(tx, sessions)]);
       return {
         ...standing,
         behind: sessions.filter((session) => generationToSend(session, generations) !== undefined),

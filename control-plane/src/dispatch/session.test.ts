@@ -246,14 +246,17 @@ test("heartbeats are acknowledged before what they say is taken in, and the last
 });
 
 test("of heartbeats that are recorded together each is acknowledged", async () => {
-  const agents = await Promise.all(
-    Array.from({ length: 25 }, async () => (await ScriptedAgent.open(clientOf(await fleet.enroll()))).agent),
-  );
+  // Longer than a busy machine takes to begin them all.
+  const patient = await fleet.startReplica({ leaseMs: 20_000 });
+  const identities = await Promise.all(Array.from({ length: 25 }, () => fleet.enroll()));
+  const sessions = await Promise.all(identities.map((identity) => ScriptedAgent.open(clientOf(identity, patient))));
+  const agents = sessions.map(({ agent }) => agent);
   // The first of all may be recorded alone; the second round gathers meanwhile.
   for (const sequence of [1n, 2n]) {
     for (const agent of agents) agent.heartbeat(sequence);
     for (const agent of agents) await agent.next("ack", (ack) => ack.heartbeatSequence === sequence);
   }
+  for (const agent of agents) agent.break();
 });
 
 test("a heartbeat that an inventory overtakes does not take its GPUs' health back", async () => {

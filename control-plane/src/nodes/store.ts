@@ -334,7 +334,7 @@ export async function lockForHeartbeat(
 
 /**
  * The same, and notes that their agents were heard: no change that an operator watches, so neither version nor feed. In
- * one statement, because it is asked for the whole fleet twice a second.
+ * one statement, because every replica asks it twice a second.
  */
 export async function extendLeases(
   tx: SystemTx,
