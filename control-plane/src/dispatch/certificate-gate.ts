@@ -63,8 +63,31 @@ export class CertificateGate {
   }
 
   /**
-   * Asks the database about all of these at once, and answers in their order. `tx` must not have read anything before: its view
-   * would be older.
+   * Returns why the peer may not speak, by what `refresh` answered for it, or undefined where it may. Whoever judges many
+   * hands in the time, which then is asked for once.
+   */
+  judge(peer: Peer, check: Check, now = this.#clock()): Refusal | undefined {
+    // Also where the database does not know the certificate: it was of a node that is no more, or of another control plane.
+    if (check === undefined || check.nodeId !== peer.nodeId) return certificateInvalid("the certificate is unknown");
+    if (check.state === "revoked") return { reason: ErrorReason.NODE_REVOKED, message: "the node was revoked" };
+    if (check.fault !== undefined) return certificateInvalid(`the certificate is ${check.fault}`);
+    // As numbers: comparing objects is slow where it is done for every session all the time.
+    const nowMs = now.getTime();
+    if (check.expireTime.getTime() <= nowMs || peer.certificateExpireTime.getTime() <= nowMs) {
+      return certificateInvalid("the certificate is expired");
+    }
+    if (check.state === "quarantined") {
+      return {
+        reason: ErrorReason.NODE_QUARANTINED,
+        message: "two processes used the node's identity: an operator must enroll it again",
+      };
+    }
+    return undefined;
+  }
+
+  /**
+   * Asks the database about all of these at once, and answers in their order. `tx` must not have read anything before:
+   * its view would be older.
    */
   async refresh(tx: SystemTx, peers: readonly Peer[]): Promise<Check[]> {
     // Taken before the question: an answer is as old as the moment in which it was asked for.
@@ -118,26 +141,6 @@ export class CertificateGate {
     const remembered = this.#remembered.get(peer.certificateSerial);
     if (remembered === undefined) return undefined;
     return performance.now() - remembered.atMs < this.#limits.certificateCacheMs ? remembered : undefined;
-  }
-
-  /** The same, of what `refresh` answered for the peer. Where many are judged at once, the time is asked for once. */
-  judge(peer: Peer, check: Check, now = this.#clock()): Refusal | undefined {
-    // Also where the database does not know the certificate: it was of a node that is no more, or of another control plane.
-    if (check === undefined || check.nodeId !== peer.nodeId) return certificateInvalid("the certificate is unknown");
-    if (check.state === "revoked") return { reason: ErrorReason.NODE_REVOKED, message: "the node was revoked" };
-    if (check.fault !== undefined) return certificateInvalid(`the certificate is ${check.fault}`);
-    // As numbers: comparing objects is slow where it is done for every session every second.
-    const nowMs = now.getTime();
-    if (check.expireTime.getTime() <= nowMs || peer.certificateExpireTime.getTime() <= nowMs) {
-      return certificateInvalid("the certificate is expired");
-    }
-    if (check.state === "quarantined") {
-      return {
-        reason: ErrorReason.NODE_QUARANTINED,
-        message: "two processes used the node's identity: an operator must enroll it again",
-      };
-    }
-    return undefined;
   }
 }
 
