@@ -130,11 +130,13 @@ describe("the program", () => {
         return /--key-id must be key_/.test(stderr);
       });
 
-      const watch = (async () => {
-        for await (const _message of createClient(InstanceService, customer).watchInstances({}));
-      })();
-      const watched = reasonOf(watch);
-      await sleep(200);
+      const watching = Promise.withResolvers<void>();
+      const watched = reasonOf(
+        (async () => {
+          for await (const _message of createClient(InstanceService, customer).watchInstances({})) watching.resolve();
+        })(),
+      );
+      await Promise.race([watching.promise, watched]);
       assert.equal(await stop(first.child, "SIGTERM"), 0);
       assert.equal(await watched, "UNAVAILABLE");
       assert.deepEqual(await readdir(join(folder, "run")), []);

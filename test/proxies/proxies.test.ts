@@ -12,6 +12,7 @@ import { type ClodeiClient, createClient } from "@clodei/sdk";
 import { openAuthority } from "../../control-plane/src/nodes/authority-store.ts";
 import { importBusybox } from "../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
+import { findUnpacked } from "../../tools/setup/unpacked.mjs";
 import { DebianServer, serverUnavailable, withFreePorts } from "../harness/debian-server.ts";
 import { engineUnavailable, startTestEngine } from "../harness/engine.ts";
 import { madrid, TestAgent, TestControlPlane, testImage } from "../harness/system.ts";
@@ -70,7 +71,7 @@ function startHaproxy(
       "bind 0.0.0.0:443 ssl crt /etc/haproxy/cloud.example.pem": `bind 127.0.0.1:${publicPort} ssl crt ${certificate.bothFile}`,
       "bind 0.0.0.0:8444": `bind 127.0.0.1:${nodePort}`,
       "127.0.0.1:8443": `127.0.0.1:${behind.publicPort}`,
-      "127.0.0.1:8444": `127.0.0.1:${behind.nodePort}`,
+      "127.0.0.1:18444": `127.0.0.1:${behind.nodePort}`,
       ...changes,
     });
     const file = join(certificate.folder, `haproxy-${publicPort}.cfg`);
@@ -84,19 +85,25 @@ function startHaproxy(
   });
 }
 
-/** nginx as documented, but for ports and files. Debian's has its stream module apart, so nodes are HAProxy's here. */
+/** nginx as documented, but for ports and files. */
 function startNginx(certificate: Certificate, behind: Behind): Promise<Proxy> {
-  return withFreePorts(1, async ([publicPort = 0]) => {
+  return withFreePorts(2, async ([publicPort = 0, nodePort = 0]) => {
     const documented = await readFile(join(documents, "nginx.conf"), "utf8");
     const { folder } = certificate;
     const paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(
       (name) => `${name}_temp_path ${folder}/${name};`,
     );
+    const modules = join(folder, "modules-enabled");
+    await mkdir(modules, { recursive: true });
+    await writeFile(join(modules, "stream.conf"), `load_module ${findUnpacked("libnginx-mod-stream")?.path};\n`);
     const text = replaced(documented, {
+      "/etc/nginx/modules-enabled/": `${modules}/`,
       "listen 0.0.0.0:443": `listen 127.0.0.1:${publicPort}`,
+      "listen 0.0.0.0:8444": `listen 127.0.0.1:${nodePort}`,
       "/etc/nginx/cloud.example.pem": certificate.chainFile,
       "/etc/nginx/cloud.example.key": certificate.keyFile,
       "127.0.0.1:8443": `127.0.0.1:${behind.publicPort}`,
+      "127.0.0.1:18444": `127.0.0.1:${behind.nodePort}`,
       "http {": `http { access_log off; ${paths.join(" ")}`,
     });
     const file = join(folder, `nginx-${publicPort}.conf`);
@@ -105,9 +112,9 @@ function startNginx(certificate: Certificate, behind: Behind): Promise<Proxy> {
     const server = await DebianServer.start({
       package: "nginx",
       args: ["-p", folder, "-e", "stderr", "-c", file],
-      listens: [publicPort],
+      listens: [publicPort, nodePort],
     });
-    return proxyOf(server, publicPort, 0);
+    return proxyOf(server, publicPort, nodePort);
   });
 }
 
@@ -228,6 +235,23 @@ describe("behind proxies that end TLS", { skip: unavailable, timeout: 900_000 },
     assert.equal(await ask(publicUrl, anotherCaller), 200, "another caller has a limit of its own");
   }
 
+  test("each document names ports that a proxy and a control plane on one machine do not share", async () => {
+    for (const name of ["haproxy.cfg", "nginx.conf"]) {
+      const text = await readFile(join(documents, name), "utf8");
+      const portsAt = (address: RegExp): Set<string> =>
+        new Set([...text.matchAll(address)].map(([, port = ""]) => port));
+      const upstream = portsAt(/127\.0\.0\.1:(\d+)/gu);
+      assert.deepEqual(upstream, new Set(["8443", /CLODEI_NODE_PORT=(\d+)/u.exec(text)?.[1]]), name);
+      const listening = portsAt(/(?:bind|listen) 0\.0\.0\.0:(\d+)/gu);
+      assert.deepEqual(listening, new Set(["443", "8444"]), name);
+      assert.deepEqual(
+        [...listening].filter((port) => upstream.has(port)),
+        [],
+        name,
+      );
+    }
+  });
+
   test("HAProxy to HTTP/2 without TLS: every protocol, reflection, streams, and each caller's own address", async () => {
     const listed = await buf("curl", "--cacert", caFile, "--list-methods", haproxy.publicUrl);
     assert.match(listed, /clodei\.v1\.InstanceService\/StreamLogs/);
@@ -244,10 +268,12 @@ describe("behind proxies that end TLS", { skip: unavailable, timeout: 900_000 },
   });
 
   test(
-    "nginx: every protocol, streams, and each caller's own address",
-    { skip: serverUnavailable("nginx") },
+    "nginx: every protocol, streams, each caller's own address, and nodes",
+    { skip: serverUnavailable("nginx", "libnginx-mod-stream") },
     async () => {
       await using nginx = await startNginx(certificate, behindOf(controlPlane));
+      await using agent = await enroll("mad-2", nginx.nodeEndpoint);
+      await agent.start();
       await checkProtocols(nginx.publicUrl, ["connect", "grpc", "grpcweb"]);
       await checkWatchedLife(connectBy(nginx.publicUrl));
       await checkAddresses(nginx.publicUrl);
