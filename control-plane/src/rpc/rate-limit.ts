@@ -10,6 +10,12 @@ export type Rate = { readonly perSecond: number; readonly burst: number };
 
 type Bucket = { tokens: number; filledAtMs: number };
 
+/**
+ * Fractions of tokens, added up, fall short of what they stand for: so much is no shortage. Who waits as long as told
+ * would be refused again otherwise. It is owed to the bucket, so the long run is no faster.
+ */
+const roundingTokens = 1e-6;
+
 /** Past this many buckets the one that was used longest ago goes: what is forgotten starts full. */
 const maxBuckets = 20_000;
 
@@ -39,7 +45,7 @@ export class RateLimiter {
       const [oldest] = this.#buckets.keys();
       if (oldest !== undefined) this.#buckets.delete(oldest);
     }
-    if (bucket.tokens >= 1) {
+    if (bucket.tokens >= 1 - roundingTokens) {
       bucket.tokens -= 1;
       return;
     }
