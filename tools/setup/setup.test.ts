@@ -1,6 +1,16 @@
 import assert from "node:assert/strict";
 import { execFile, spawn, spawnSync } from "node:child_process";
-import { cpSync, mkdirSync, mkdtempSync, readFileSync, realpathSync, rmSync, writeFileSync } from "node:fs";
+import {
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  realpathSync,
+  rmSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { after, test } from "node:test";
@@ -138,6 +148,79 @@ test(
     if (busybox !== undefined) assert.equal(isStatic(realpathSync(busybox)), true);
     assert.equal(isStatic(process.execPath), false);
     assert.equal(isStatic(join(root, "package.json")), false);
+  },
+);
+
+/** Packages that this machine has not installed, which would be used. */
+const [known = "", unknown = ""] = ["haproxy", "nginx", "pgbouncer"].filter(
+  (name) => !existsSync(join("/usr/sbin", name)),
+);
+
+test(
+  "a package that cannot be had keeps none of the others away, and is asked for once a day where no list has it",
+  {
+    skip:
+      process.getuid?.() === 0 && findProgram("dpkg-deb") !== undefined && unknown !== ""
+        ? false
+        : "needs root on Debian, without two of HAProxy, nginx and PgBouncer",
+  },
+  () => {
+    // Another checkout, whose apt-get has one package, knows another, and cannot download it.
+    const copy = join(temporary, "unpacked");
+    const bin = join(copy, "bin");
+    mkdirSync(bin, { recursive: true });
+    cpSync(import.meta.dirname, join(copy, "tools/setup"), { recursive: true });
+    const asked = join(copy, "asked");
+    writeFileSync(
+      join(bin, "apt-get"),
+      `#!/bin/sh
+       echo "$@" >> ${asked}
+       case "$*" in
+         *update*) ;;
+         *download*${known})
+           mkdir -p tree/DEBIAN tree/usr/sbin && touch tree/usr/sbin/${known}
+           printf 'Package: ${known}\\nVersion: 1\\nArchitecture: all\\nMaintainer: test\\nDescription: test\\n' > tree/DEBIAN/control
+           dpkg-deb --build tree known.deb && rm -r tree ;;
+         *simulate*${known}) ;;
+         *simulate*libnginx-mod-stream) ;;
+         *download*) echo "E: Failed to fetch" >&2; exit 100 ;;
+         *) echo "E: Unable to locate package" >&2; exit 100 ;;
+       esac`,
+      { mode: 0o755 },
+    );
+    const program = `import { findUnpacked, provideUnpacked, unpackedNames } from ${JSON.stringify(join(copy, "tools/setup/unpacked.mjs"))};
+      const message = await provideUnpacked(() => {});
+      console.log(JSON.stringify({ message, missing: unpackedNames.filter((name) => findUnpacked(name) === undefined) }));`;
+    const provide = (): { message: string; missing: string[] } => {
+      const env = { ...process.env, PATH: `${bin}:${process.env["PATH"]}` };
+      const result = spawnSync(process.execPath, ["--input-type=module", "--eval", program], { env, encoding: "utf8" });
+      assert.equal(result.status, 0, result.stderr);
+      return JSON.parse(result.stdout) as { message: string; missing: string[] };
+    };
+    const first = provide();
+    assert.ok(!first.missing.includes(known));
+    assert.ok(first.missing.includes(unknown));
+    assert.ok(first.message.includes(`${unknown} (E: Unable to locate package)`), first.message);
+    const updates = (): number => readFileSync(asked, "utf8").match(/^-qq update --error-on=any$/gmu)?.length ?? 0;
+    const wasAsked = (name: string): boolean => readFileSync(asked, "utf8").includes(` ${name}\n`);
+    assert.equal(updates(), 1);
+    rmSync(asked);
+    const second = provide();
+    assert.deepEqual(second.missing, first.missing);
+    assert.match(
+      second.message,
+      new RegExp(`${unknown} \\(no list has it; asked for again after a day, or without \\S+\\)`, "u"),
+    );
+    if (first.missing.includes("libnginx-mod-stream")) {
+      assert.match(second.message, /libnginx-mod-stream \(E: Failed to fetch\)/u);
+      assert.ok(wasAsked("libnginx-mod-stream"));
+      assert.ok(!wasAsked(unknown));
+      rmSync(asked);
+    }
+    const twoDaysAgo = new Date(Date.now() - 2 * 24 * 3_600_000);
+    utimesSync(join(copy, `.cache/debian/${unknown}.refused`), twoDaysAgo, twoDaysAgo);
+    assert.deepEqual(provide().missing, first.missing);
+    assert.ok(wasAsked(unknown));
   },
 );
 

@@ -1,37 +1,40 @@
 // Servers that tests run and this machine must not: Debian's packages, unpacked into the checkout's cache. Installing
 // nginx or PostgreSQL would start them as services of the machine, now and at each boot. What is installed is used.
 import { execFile } from "node:child_process";
-import { existsSync, mkdirSync, readdirSync, renameSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 
 const cache = join(dirname(dirname(dirname(fileURLToPath(import.meta.url)))), ".cache", "debian");
 const run = promisify(execFile);
+/** After which a package that no list had is asked for again. */
+const askAgainMs = 24 * 60 * 60 * 1000;
 
-/** Each package, and the program of it that is wanted. */
-const programs = {
+/** Each package, and the file of it that is wanted. */
+const files = {
   haproxy: "usr/sbin/haproxy",
+  "libnginx-mod-stream": "usr/lib/nginx/modules/ngx_stream_module.so",
   nginx: "usr/sbin/nginx",
   pgbouncer: "usr/sbin/pgbouncer",
   "postgresql-15": "usr/lib/postgresql/15/bin/postgres",
 };
 
-/** @typedef {keyof typeof programs} UnpackedName */
+/** @typedef {keyof typeof files} UnpackedName */
 
 /** All of them. */
-export const unpackedNames = /** @type {UnpackedName[]} */ (Object.keys(programs));
+export const unpackedNames = /** @type {UnpackedName[]} */ (Object.keys(files));
 
 /**
- * Where a package's program is, and where the libraries are that it needs beside the system's.
+ * Where a package's file is, and where the libraries are that it needs beside the system's.
  * @param {UnpackedName} name
  * @returns {{ path: string, libraries: string | undefined } | undefined}
  */
 export function findUnpacked(name) {
-  const installed = join("/", programs[name]);
+  const installed = join("/", files[name]);
   if (existsSync(installed)) return { path: installed, libraries: undefined };
   const folder = join(cache, name);
-  const path = join(folder, programs[name]);
+  const path = join(folder, files[name]);
   if (!existsSync(path)) return undefined;
   const libraries = ["usr/lib", "lib"].flatMap((place) => {
     const parent = join(folder, place);
@@ -44,7 +47,8 @@ export function findUnpacked(name) {
 }
 
 /**
- * Downloads and unpacks what is missing, and what that needs and this machine lacks. Takes no root.
+ * Downloads and unpacks what is missing, and what that needs and this machine lacks. Takes no root. What is not in lists
+ * that were updated is asked for again after a day: another release of Debian has no PostgreSQL 15.
  * @param {(line: string) => void} progress
  * @returns {Promise<string | undefined>} what is still missing and why, in one message for a person
  */
@@ -54,41 +58,78 @@ export async function provideUnpacked(progress) {
   if (!existsSync("/usr/bin/apt-get") || !existsSync("/usr/bin/dpkg-deb")) {
     return `missing: ${missing.join(", ")}, which are unpacked on Debian alone.`;
   }
-  progress(`Debian packages: unpacking ${missing.join(", ")} into .cache/debian`);
-  try {
-    await unpackAll(missing);
-    return undefined;
-  } catch (first) {
-    // The lists of a fresh machine are empty and those of an old one name files that are gone: update, once.
-    if (process.getuid?.() !== 0) return failure(missing, first);
+  const refused = missing.filter(wasRefused);
+  const asked = missing.filter((name) => !refused.includes(name));
+  const reasons = asked.length === 0 ? [] : await unpackAll(asked, progress);
+  for (const name of refused) {
+    reasons.push(`${name} (no list has it; asked for again after a day, or without ${refusalFile(name)})`);
   }
-  try {
-    await run("apt-get", ["-qq", "update"]);
-    await unpackAll(missing.filter((name) => findUnpacked(name) === undefined));
-    return undefined;
-  } catch (second) {
-    return failure(missing, second);
-  }
+  return reasons.length === 0 ? undefined : `missing: ${reasons.join("; ")}.`;
 }
 
-function failure(missing, error) {
-  return `missing: ${missing.join(", ")}, which could not be downloaded: ${String(error.stderr ?? error.message).trim()}.`;
+/** Returns a line for each that could not be had. */
+async function unpackAll(names, progress) {
+  progress(`Debian packages: unpacking ${names.join(", ")} into .cache/debian`);
+  const failed = await tryEach(names);
+  if (failed.size === 0 || process.getuid?.() !== 0) return [...failed.values()];
+  // The lists of a fresh machine are empty and those of an old one name files that are gone: update, once.
+  const isUpdated = await run("apt-get", ["-qq", "update", "--error-on=any"]).then(
+    () => true,
+    () => false,
+  );
+  const again = await tryEach([...failed.keys()]);
+  if (isUpdated) for (const [name, reason] of again) noteRefusal(name, reason);
+  return [...again.values()];
 }
 
-async function unpackAll(names) {
+/** Unpacks each that can be had: one that cannot keeps none of the others away. Returns why, for each that failed. */
+async function tryEach(names) {
+  const failed = new Map();
   for (const name of names) {
-    const folder = join(cache, name);
-    const attempt = `${folder}.new`;
-    const downloads = join(attempt, "downloads");
-    rmSync(attempt, { recursive: true, force: true });
-    mkdirSync(downloads, { recursive: true });
-    await run("apt-get", ["-qq", "download", ...(await neededPackages(name))], { cwd: downloads });
-    for (const file of readdirSync(downloads)) await run("dpkg-deb", ["--extract", join(downloads, file), attempt]);
-    rmSync(downloads, { recursive: true });
-    // In one step: what an interrupted attempt left looks like a package.
-    rmSync(folder, { recursive: true, force: true });
-    renameSync(attempt, folder);
+    try {
+      await unpack(name);
+    } catch (error) {
+      const lines = String(error.stderr || error.message)
+        .trim()
+        .split("\n");
+      failed.set(name, `${name} (${lines.find((line) => line.startsWith("E: ")) ?? lines[0]})`);
+    }
   }
+  return failed;
+}
+
+/** A file that is there once no list had the package. */
+function refusalFile(name) {
+  return join(cache, `${name}.refused`);
+}
+
+function wasRefused(name) {
+  const refusedMs = statSync(refusalFile(name), { throwIfNoEntry: false })?.mtimeMs ?? 0;
+  return Date.now() - refusedMs < askAgainMs;
+}
+
+function noteRefusal(name, reason) {
+  if (!/Unable to locate package|no installation candidate/.test(reason)) return;
+  try {
+    writeFileSync(refusalFile(name), "");
+  } catch {
+    // It is asked for again the next time.
+  }
+}
+
+async function unpack(name) {
+  const folder = join(cache, name);
+  const attempt = `${folder}.new`;
+  const downloads = join(attempt, "downloads");
+  rmSync(attempt, { recursive: true, force: true });
+  mkdirSync(downloads, { recursive: true });
+  await run("apt-get", ["-qq", "download", ...(await neededPackages(name))], { cwd: downloads });
+  for (const file of readdirSync(downloads)) await run("dpkg-deb", ["--extract", join(downloads, file), attempt]);
+  rmSync(downloads, { recursive: true });
+  if (!existsSync(join(attempt, files[name]))) throw new Error(`the package has no ${files[name]}`);
+  // In one step: what an interrupted attempt left looks like a package.
+  rmSync(folder, { recursive: true, force: true });
+  renameSync(attempt, folder);
 }
 
 /** The package, and those that it needs and that are not installed in whichever version. */
