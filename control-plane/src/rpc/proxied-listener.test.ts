@@ -5,30 +5,24 @@ import { Agent, request as httpRequest } from "node:http";
 import { Agent as HttpsAgent, request as httpsRequest } from "node:https";
 import { connect as connectTcp } from "node:net";
 import { describe, test } from "node:test";
-import { create } from "@bufbuild/protobuf";
-import { ConnectError, type ConnectRouter, createClient } from "@connectrpc/connect";
-import { ErrorInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
+import { createClient } from "@connectrpc/connect";
 import { IdentityService } from "@clodei/proto/gen/clodei/v1/identity_service";
-import { InstanceService, WatchInstancesResponseSchema } from "@clodei/proto/gen/clodei/v1/instance_service";
+import { InstanceService } from "@clodei/proto/gen/clodei/v1/instance_service";
 import { RateLimiter } from "./rate-limit.ts";
-import { startTestListener, type TestListener, transportKinds } from "./test-listener.ts";
+import {
+  adminCredential,
+  reasonOf,
+  showingRoutes,
+  startTestListener,
+  type TestListener,
+  transportKinds,
+} from "./test-listener.ts";
 import { TrustedProxies } from "./trusted-proxies.ts";
 
-const admin = "Bearer role-ADMIN";
 const whoAmI = "/clodei.v1.IdentityService/WhoAmI";
 /** Loopback is all of 127.0.0.0/8 on Linux: one of it is the proxy, another is anybody. */
 const [proxy, stranger] = ["127.0.0.9", "127.0.0.8"];
 const loopbackIsWide = process.platform === "linux" ? undefined : "needs Linux: more than one address of loopback";
-
-function routes(router: ConnectRouter): void {
-  router.service(IdentityService, { whoAmI: () => ({ callerId: "someone" }) });
-  router.service(InstanceService, {
-    async *watchInstances(_request, context) {
-      yield create(WatchInstancesResponseSchema, { cursor: "first" });
-      await new Promise((resolve) => context.signal.addEventListener("abort", resolve, { once: true }));
-    },
-  });
-}
 
 type Answer = { readonly status: number; readonly body: string };
 
@@ -44,7 +38,7 @@ async function ask(
     method: "POST",
     localAddress,
     agent: isPlain ? new Agent() : new HttpsAgent({ ca: test.caPem }),
-    headers: { "content-type": "application/json", authorization: admin, connection: "close", ...headers },
+    headers: { "content-type": "application/json", authorization: adminCredential, connection: "close", ...headers },
   });
   request.end("{}");
   const { promise, resolve, reject } = Promise.withResolvers<Answer>();
@@ -63,13 +57,13 @@ function twoOfEachAddress(): { readonly addressLimiter: RateLimiter } {
 
 describe("the public listener behind a proxy that ends TLS", { skip: loopbackIsWide }, () => {
   test("speaks Connect, gRPC and gRPC-Web over plain HTTP/1.1 and HTTP/2, streams too", async () => {
-    await using plain = await startTestListener(routes, {
+    await using plain = await startTestListener(showingRoutes, {
       tls: undefined,
       trustedProxies: new TrustedProxies(["127.0.0.1"]),
     });
     for (const kind of transportKinds) {
-      const transport = plain.transport(kind, admin);
-      assert.equal((await createClient(IdentityService, transport).whoAmI({})).callerId, "someone", kind);
+      const transport = plain.transport(kind, adminCredential);
+      assert.match((await createClient(IdentityService, transport).whoAmI({})).callerId, /^usr_/, kind);
       for await (const message of createClient(InstanceService, transport).watchInstances({})) {
         assert.equal(message.cursor, "first", kind);
         break;
@@ -78,7 +72,7 @@ describe("the public listener behind a proxy that ends TLS", { skip: loopbackIsW
   });
 
   test("says nothing in plain text to anybody else, and counts who tried", async () => {
-    await using plain = await startTestListener(routes, {
+    await using plain = await startTestListener(showingRoutes, {
       tls: undefined,
       trustedProxies: new TrustedProxies([proxy]),
     });
@@ -90,7 +84,7 @@ describe("the public listener behind a proxy that ends TLS", { skip: loopbackIsW
   });
 
   test("answers a start of HTTP/2 that comes in pieces, and outlives one that is neither version", async () => {
-    await using plain = await startTestListener(routes, {
+    await using plain = await startTestListener(showingRoutes, {
       tls: undefined,
       trustedProxies: new TrustedProxies([proxy]),
     });
@@ -112,7 +106,7 @@ describe("the public listener behind a proxy that ends TLS", { skip: loopbackIsW
   });
 
   test("a drain ends streams, and connections that wait", async () => {
-    const plain = await startTestListener(routes, {
+    const plain = await startTestListener(showingRoutes, {
       tls: undefined,
       trustedProxies: new TrustedProxies(["127.0.0.1"]),
     });
@@ -121,14 +115,11 @@ describe("the public listener behind a proxy that ends TLS", { skip: loopbackIsW
     await once(idle, "data");
     const idleEnded = once(idle.resume(), "close");
     const reasons = transportKinds.map(async (kind) => {
-      const client = createClient(InstanceService, plain.transport(kind, admin));
+      const client = createClient(InstanceService, plain.transport(kind, adminCredential));
       const stream = client.watchInstances({})[Symbol.asyncIterator]();
       await stream.next();
       return {
-        ended: stream.next().then(
-          () => "none",
-          (error: unknown) => ConnectError.from(error).findDetails(ErrorInfoSchema)[0]?.reason,
-        ),
+        ended: stream.next().then(() => "none", reasonOf),
       };
     });
     const streams = await Promise.all(reasons);
@@ -141,7 +132,7 @@ describe("the public listener behind a proxy that ends TLS", { skip: loopbackIsW
 describe("whose request it is", { skip: loopbackIsWide }, () => {
   test("a header that was forged is ignored, and that of a trusted proxy counts, over TLS as in plain text", async () => {
     for (const tls of ["on", "off"] as const) {
-      await using listener = await startTestListener(routes, {
+      await using listener = await startTestListener(showingRoutes, {
         ...twoOfEachAddress(),
         trustedProxies: new TrustedProxies([proxy]),
         ...(tls === "off" ? { tls: undefined } : {}),
@@ -170,18 +161,18 @@ describe("whose request it is", { skip: loopbackIsWide }, () => {
   });
 
   test("many connections of a trusted proxy are served, and one client has no more requests open through it than others have connections", async () => {
-    await using listener = await startTestListener(routes, {
+    await using listener = await startTestListener(showingRoutes, {
       trustedProxies: new TrustedProxies(["127.0.0.1"]),
       maxConnectionsPerAddress: 2,
     });
-    const client = createClient(InstanceService, listener.transport("connect-http1", admin));
+    const client = createClient(InstanceService, listener.transport("connect-http1", adminCredential));
     const watch = async (address: string) => {
       const ending = new AbortController();
       const options = { headers: { "x-forwarded-for": address }, signal: ending.signal };
       const stream = client.watchInstances({}, options)[Symbol.asyncIterator]();
       const outcome = await stream.next().then(
         () => "open",
-        (error: unknown) => ConnectError.from(error).findDetails(ErrorInfoSchema)[0]?.reason ?? String(error),
+        (error: unknown) => reasonOf(error) ?? String(error),
       );
       return { outcome, end: () => ending.abort() };
     };

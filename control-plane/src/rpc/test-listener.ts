@@ -1,20 +1,29 @@
 // A real public listener for tests: TLS, gate and interceptors as in production, with handlers of the test's choice
 // and callers that the credential itself describes.
+import assert from "node:assert/strict";
 import { Agent as HttpsAgent, request as httpsRequest } from "node:https";
-import type { ConnectRouter, Transport } from "@connectrpc/connect";
+import { setTimeout as sleep } from "node:timers/promises";
+import { create } from "@bufbuild/protobuf";
+import { ConnectError, type ConnectRouter, type Transport } from "@connectrpc/connect";
 import { createConnectTransport, createGrpcTransport, createGrpcWebTransport } from "@connectrpc/connect-node";
 import { Role } from "@clodei/proto/gen/clodei/options/v1/options";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
+import { IdentityService } from "@clodei/proto/gen/clodei/v1/identity_service";
+import { InstanceService, WatchInstancesResponseSchema } from "@clodei/proto/gen/clodei/v1/instance_service";
+import { ErrorInfoSchema } from "@clodei/proto/gen/google/rpc/error_details";
 import { newId } from "@clodei/proto/ids";
 import { Authority } from "../nodes/authority.ts";
 import { DomainError } from "../platform/errors.ts";
 import { createLog } from "../platform/log.ts";
 import { anonymousCaller, type Caller } from "./caller.ts";
+import { callerOf, requestIdOf } from "./context.ts";
 import { createMetrics, type Metrics } from "./metrics.ts";
 import { type PublicListener, type PublicListenerOptions, startPublicListener } from "./public-listener.ts";
 import { RateLimiter } from "./rate-limit.ts";
 import { TrustedProxies } from "./trusted-proxies.ts";
 import { RequestValidator } from "./validation.ts";
+
+const logTimeoutMs = 10_000;
 
 export type TestListener = AsyncDisposable & {
   readonly listener: PublicListener;
@@ -22,6 +31,8 @@ export type TestListener = AsyncDisposable & {
   readonly caPem: string;
   /** The lines of the log. */
   readonly lines: readonly string[];
+  /** Waits until the log has at least so many lines of a kind (one): a request is logged after its answer. */
+  untilLogged(pattern: RegExp, count?: number): Promise<void>;
   readonly authority: Authority;
   readonly metrics: Metrics;
   transport(kind: TransportKind, authorization?: string): Transport;
@@ -29,6 +40,9 @@ export type TestListener = AsyncDisposable & {
 
 export const transportKinds = ["connect-json", "connect-http1", "grpc", "grpc-web", "grpc-web-http1"] as const;
 export type TransportKind = (typeof transportKinds)[number];
+
+/** The credential of the caller that may do all that a customer may. */
+export const adminCredential = "Bearer role-ADMIN";
 
 /** The callers that tests can be, each by the credential "Bearer NAME". */
 export const testCallers: Readonly<Record<string, Caller>> = {
@@ -92,11 +106,57 @@ export async function startTestListener(
     url,
     caPem: certificatePem,
     lines,
+    untilLogged: async (pattern, count = 1) => {
+      const logged = (): number => lines.filter((line) => pattern.test(line)).length;
+      const deadlineMs = performance.now() + logTimeoutMs;
+      while (logged() < count && performance.now() < deadlineMs) await sleep(10);
+      assert.ok(logged() >= count, `${logged()} lines like ${pattern}`);
+    },
     authority,
     metrics,
     transport: (kind, authorization) => createTransport(kind, url, certificatePem, authorization),
     [Symbol.asyncDispose]: () => listener.close(0),
   };
+}
+
+/** Stands in an error of ours, which nobody may be told, and in what customers send, which no log may hold. */
+export const secret = "a-secret-that-nobody-may-read";
+
+/** Handlers that show what the listener does around them: one answers, two fail, one streams. */
+export function showingRoutes(router: ConnectRouter): void {
+  router.service(IdentityService, {
+    whoAmI: (_request, context) => {
+      const caller = callerOf(context);
+      return { callerId: "callerId" in caller ? caller.callerId : "", organizationName: requestIdOf(context) };
+    },
+  });
+  router.service(InstanceService, {
+    getInstance: () => {
+      throw new Error(`password ${secret}`);
+    },
+    stopInstance: () => {
+      throw new DomainError(ErrorReason.CONFLICT, "it moved", { retryAfterMs: 1_500, metadata: { version: "7" } });
+    },
+    async *watchInstances(_request, context) {
+      yield create(WatchInstancesResponseSchema, { cursor: "first" });
+      await new Promise((resolve) => context.signal.addEventListener("abort", resolve, { once: true }));
+    },
+  });
+}
+
+/** The error that a call ended with. */
+export async function rejection(promise: Promise<unknown>): Promise<ConnectError> {
+  try {
+    await promise;
+  } catch (error) {
+    return ConnectError.from(error);
+  }
+  throw new Error("it did not fail");
+}
+
+/** The reason that the details of an error give. */
+export function reasonOf(error: unknown): string | undefined {
+  return ConnectError.from(error).findDetails(ErrorInfoSchema)[0]?.reason;
 }
 
 function callerBy(authorization: string): Caller {
