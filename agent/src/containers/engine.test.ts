@@ -5,7 +5,7 @@ import { after, afterEach, before, beforeEach, describe, it } from "node:test";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import { type ContainerSpec, ContainerSpecSchema } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { InstanceReason, PullPolicy } from "@clodei/proto/gen/clodei/v1/instance";
-import { newId, parseId } from "@clodei/proto/ids";
+import { newId, type NodeId } from "@clodei/proto/ids";
 import { containerLabels, containerName } from "@clodei/proto/node-link";
 import { listNetworks, processesOf } from "../../../test/harness/containers.ts";
 import { engineUnavailable, startTestEngine } from "../../../test/harness/engine.ts";
@@ -479,17 +479,15 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
 
   describe("networks", () => {
     let mine: ContainerEngine;
-    let node: string;
+    let node: NodeId;
     beforeEach(() => {
-      const id = newId("nod");
-      node = id;
-      mine = make({ nodeId: id });
+      node = newId("nod");
+      mine = make({ nodeId: node, networkRestMs: 0 });
     });
     afterEach(async () => {
       await mine.dropNetworks(signal);
       assert.deepEqual(await listNetworks(engine, node), []);
     });
-    const waitForRest = () => new Promise((resolve) => setTimeout(resolve, 1100));
 
     it("invariant 5: puts each container into one that nothing was ever in, made ready or not", async () => {
       await mine.prepareNetworks(signal);
@@ -514,18 +512,20 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
     });
 
     it("are made ready only when the starts before have had the engine for themselves", async () => {
-      const key = newKey();
-      await prepare(key, spec("true"), mine);
-      await mine.prepareNetworks(signal);
+      const resting = make({ nodeId: node, networkRestMs: 3_600_000 });
+      const [first, second] = [newKey(), newKey()];
+      await prepare(first, spec("true"), resting);
+      await resting.prepareNetworks(signal);
       assert.equal((await listNetworks(engine, node)).length, 1);
-      await waitForRest();
+      await resting.remove(first, signal);
+      await prepare(second, spec("true"), mine);
       await mine.prepareNetworks(signal);
       assert.equal((await listNetworks(engine, node)).length, 3);
-      await mine.remove(key, signal);
+      await mine.remove(second, signal);
     });
 
     it("are swept where nobody needs them, the node's own alone", async () => {
-      const [dead, other] = [make({ nodeId: parseId("nod", node) ?? newId("nod") }), make({ nodeId: newId("nod") })];
+      const [dead, other] = [make({ nodeId: node }), make({ nodeId: newId("nod") })];
       for (const one of [dead, other]) await one.prepareNetworks(signal);
       const all = (await listNetworks(engine)).length;
       const key = newKey();
@@ -536,7 +536,6 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
       assert.equal((await listNetworks(engine)).length, all + 1 - 2);
       await mine.start(key, signal);
       await mine.remove(key, signal);
-      await waitForRest();
       await mine.prepareNetworks(signal);
       await mine.sweepNetworks(signal);
       assert.equal((await listNetworks(engine, node)).length, 2, "those that are ready stay");
@@ -557,7 +556,6 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
       assert.notEqual((await mine.start(key, signal)).isolation, undefined);
       await mine.remove(key, signal);
       // Nothing was started meanwhile: the sweep finds out.
-      await waitForRest();
       await mine.prepareNetworks(signal);
       await prune();
       await mine.sweepNetworks(signal);
@@ -572,10 +570,13 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
       for await (const key of containers.events(signal)) seen.push(key);
     })();
     const lost = assert.rejects(watching, fails("away"));
-    await new Promise((resolve) => setTimeout(resolve, 100));
-    const key = await run(spec("sleep 100"));
-    await new Promise((resolve) => setTimeout(resolve, 100));
-    assert.ok(seen.some((event) => event.instanceId === key.instanceId && event.attempt === 1));
+    // Events come from when the engine began to tell them, which nobody tells.
+    const key = await eventually(20_000, async () => {
+      const made = await run(spec("sleep 100"));
+      await eventually(500, () => assert.ok(seen.some(({ instanceId }) => instanceId === made.instanceId)));
+      return made;
+    });
+    assert.ok(seen.every(({ attempt }) => attempt === 1));
     const waiting = assert.rejects(containers.waitEnd(key, signal), fails("away"));
     await engine.kill();
     await lost;

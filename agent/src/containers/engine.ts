@@ -49,6 +49,8 @@ export interface ContainerEngineOptions {
   /** Resolvers for containers. None: names do not resolve. */
   readonly dnsServers?: readonly string[];
   readonly networkPool?: string;
+  /** For so long after a start (a second) no network is made ready: the engine is the start's. */
+  readonly networkRestMs?: number;
   readonly pidsLimit?: number;
   readonly openFilesLimit?: number;
 }
@@ -86,7 +88,12 @@ export class ContainerEngine {
     };
     this.#containers = new NodeContainers(this.#client, options.nodeId);
     this.#images = new Images(this.#client, options.registryAuth, options.pullSilenceMs);
-    this.#networks = new ContainerNetworks(this.#client, options.nodeId, options.networkPool ?? defaultNetworkPool);
+    this.#networks = new ContainerNetworks(
+      this.#client,
+      options.nodeId,
+      options.networkPool ?? defaultNetworkPool,
+      options.networkRestMs,
+    );
     this.#workspaces = new Workspaces(options.workspaceFolder);
     this.#users = new ImageUsers(this.#containers);
     this.#creation = new ContainerCreation(this.#containers);

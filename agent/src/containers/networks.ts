@@ -16,14 +16,15 @@ const maxRemovalTries = 5;
 const removalRetryMs = 100;
 /** Two starts at once find one. More would cost an agent's first and last seconds more than they give. */
 const readyNetworks = 2;
-/** After a network was taken a container starts: so long the engine is left to that. */
-const restMs = 1000;
+/** After a network was taken a container starts: so long the engine is left to that, where nothing else is said. */
+const defaultRestMs = 1000;
 
 /** The networks of a node's containers. */
 export class ContainerNetworks {
   readonly #client: DockerClient;
   readonly #nodeId: string;
   readonly #pool: SubnetPool;
+  readonly #restMs: number;
   /** Names of those that nobody has used. */
   #ready: string[] = [];
   /** Names of those that no container needs to name: they are being made, ready, or taken for a container to come. */
@@ -31,10 +32,11 @@ export class ContainerNetworks {
   #takenMs = Number.NEGATIVE_INFINITY;
 
   /** @param pool A network in the notation "10.213.0.0/16" from which each container's network gets 8 addresses. */
-  constructor(client: DockerClient, nodeId: string, pool: string) {
+  constructor(client: DockerClient, nodeId: string, pool: string, restMs = defaultRestMs) {
     this.#client = client;
     this.#nodeId = nodeId;
     this.#pool = parsePool(pool);
+    this.#restMs = restMs;
   }
 
   /** Returns the name of a network that nothing was ever in. Reserved until `settle`. */
@@ -50,7 +52,7 @@ export class ContainerNetworks {
 
   /** Makes networks ready, but not while starts want the engine for themselves. */
   async prepare(signal: AbortSignal): Promise<void> {
-    while (!signal.aborted && this.#ready.length < readyNetworks && performance.now() - this.#takenMs >= restMs) {
+    while (!signal.aborted && this.#ready.length < readyNetworks && performance.now() - this.#takenMs >= this.#restMs) {
       // Not cut off by the signal: the engine would go on making a network of which nobody knows.
       const name = await this.#make(AbortSignal.timeout(changeTimeoutMs));
       // After the call: those that were ready before it may be forgotten by now.

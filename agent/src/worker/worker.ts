@@ -22,25 +22,19 @@ import { sleep } from "../sleep.ts";
 import { AttemptBook } from "./attempt-book.ts";
 import type { BootClock } from "./boot-clock.ts";
 import { desiredAttempt, needsOf, runDeadlineMs } from "./desired.ts";
+import { EngineUpkeep, shutdownMs } from "./engine-upkeep.ts";
 import { Executor } from "./executor.ts";
 import type { Judge } from "./judge.ts";
 import { Lanes } from "./lanes.ts";
 import { LogCollectors } from "./log-collectors.ts";
-import { forgettable, isOver, keyText, plan } from "./model.ts";
+import { forgettable, keyText, plan } from "./model.ts";
 import type { AttemptKey, Situation, WorkMode } from "./model.ts";
+import { UsageMeter } from "./usage-meter.ts";
 
 /** The engine's events wake the worker; this is the timer behind them. */
 const lookEveryMs = 5000;
 /** While the engine is away. */
 const lookWhenAwayMs = 1000;
-/** Networks and folders that nobody needs are looked for this often. */
-const sweepEveryMs = 15_000;
-/** Whether networks that starts took are to be replaced is looked at this often. */
-const prepareEveryMs = 250;
-/** Where none could be made: the addresses are used up, or the engine refuses. */
-const prepareAgainMs = 15_000;
-/** So long an ending worker waits for the engine to let go of what was asked of it. */
-const shutdownMs = 10_000;
 /** An event storm (a container that writes its health each millisecond) must not make a storm of looks. */
 const leastLookGapMs = 20;
 
@@ -72,6 +66,8 @@ export class Worker {
   readonly #collectors: LogCollectors;
   readonly #executor: Executor;
   readonly #lanes: Lanes;
+  readonly #meter: UsageMeter;
+  readonly #upkeep: EngineUpkeep;
   #set: DesiredSet | undefined;
   /** Sets below this one are ignored; undefined at the beginning of a session, whose first set may be any. */
   #leastGeneration: bigint | undefined;
@@ -82,8 +78,6 @@ export class Worker {
   #observed: readonly ObservedContainer[] = [];
   /** Instances of which a step was under way when the last look began, or began since: it says nothing of them. */
   #unseen = new Set<InstanceId>();
-  /** When each running container was last seen to run, on the boot's clock: so far its time is proved. */
-  #seenMs = new Map<string, number>();
   #engineVersion = "";
   #engineMessage: string | undefined = notAskedYet;
   #diskMessage: string | undefined;
@@ -93,8 +87,6 @@ export class Worker {
   #toldAcceptance = "";
   /** The control plane's clock less ours. */
   #clockOffsetMs = 0;
-  #sweptMs = Number.NEGATIVE_INFINITY;
-  #meteredMs = Number.NEGATIVE_INFINITY;
   #wake = Promise.withResolvers<void>();
 
   constructor(options: WorkerOptions) {
@@ -115,6 +107,8 @@ export class Worker {
       onDone: () => this.wake(),
       isWanted: (key) => this.#wishFor(key) !== undefined,
     });
+    this.#meter = new UsageMeter({ book: this.#book, intervalMs: options.usageIntervalMs, log: options.log });
+    this.#upkeep = new EngineUpkeep(options.engine, options.log);
     this.#highestGeneration = options.journal.highestGeneration();
     this.#use(options.journal.desiredSet());
     this.#leastGeneration = this.#set?.generation;
@@ -230,7 +224,10 @@ export class Worker {
 
   /** Works until the signal. Containers go on afterwards: the next process adopts them. */
   async run(signal: AbortSignal): Promise<void> {
-    const watching = Promise.all([this.#watchEngine(signal), this.#keepNetworks(signal)]);
+    const upkeep = Promise.all([
+      this.#upkeep.listen(signal, () => this.wake()),
+      this.#upkeep.keepNetworks(signal, () => this.acceptance().accepting),
+    ]);
     while (!signal.aborted) {
       const wake = Promise.withResolvers<void>();
       this.#wake = wake;
@@ -245,10 +242,10 @@ export class Worker {
       if (!signal.aborted) await sleep(leastLookGapMs, signal);
     }
     const ended = new AbortController();
-    const ending = Promise.all([this.#lanes.close(), this.#collectors.close(), watching]).finally(() => ended.abort());
+    const ending = Promise.all([this.#lanes.close(), this.#collectors.close(), upkeep]).finally(() => ended.abort());
     // An engine that hangs must not hang the agent's end: what is cut off here is found again at the next start.
     await Promise.race([ending, sleep(shutdownMs, ended.signal)]);
-    this.#flushUsage();
+    this.#meter.flush();
   }
 
   #tellAcceptance(): void {
@@ -278,8 +275,9 @@ export class Worker {
     const { actions, wakeAtMs } = plan(situation);
     const retryMs = this.#lanes.take(actions.filter(({ instanceId }) => !this.#unseen.has(instanceId)));
     this.#forget(situation);
-    await this.#sweep(signal);
-    this.#meter();
+    // Before the first set there is nothing to tell what is needed from what is not.
+    if (this.#desired !== undefined) await this.#upkeep.sweep(signal);
+    this.#meter.meterWhenDue();
     const wakeInMs = wakeAtMs === undefined ? lookEveryMs : Math.max(1, wakeAtMs - situation.nowMs);
     return Math.min(lookEveryMs, this.#options.usageIntervalMs, wakeInMs, retryMs);
   }
@@ -294,7 +292,7 @@ export class Worker {
       this.#observed = observed;
       for (const container of observed) {
         if (container.state === "running" && !this.#unseen.has(container.instanceId))
-          this.#seenMs.set(keyText(container), beforeMs);
+          this.#meter.saw(container, beforeMs);
       }
       return true;
     } catch (error) {
@@ -406,78 +404,5 @@ export class Worker {
     );
     const ids = names.flatMap((list) => list ?? []).map((name) => parseId("ins", name));
     return new Set(ids.filter((id) => id !== undefined));
-  }
-
-  /** Removes what belongs to no attempt: networks without a container, and containers with this node's label alone. */
-  async #sweep(signal: AbortSignal): Promise<void> {
-    const nowMs = performance.now();
-    if (nowMs - this.#sweptMs < sweepEveryMs || this.#desired === undefined) return;
-    this.#sweptMs = nowMs;
-    const { engine, log } = this.#options;
-    try {
-      const removed = await engine.removeNameless(signal);
-      if (removed > 0) log.warn({ removed }, "removed containers that named no attempt");
-      const cleared = await engine.clearStrays(signal);
-      if (cleared > 0) log.warn({ cleared }, "ended what was left of containers that the engine does not know");
-    } catch (error) {
-      if (!signal.aborted) log.warn({ error: messageOf(error) }, "looking for what was left behind failed");
-    }
-    try {
-      await engine.sweepNetworks(signal);
-    } catch (error) {
-      if (!signal.aborted) log.warn({ error: messageOf(error) }, "a network that nobody needs could not be removed");
-    }
-  }
-
-  async #watchEngine(signal: AbortSignal): Promise<void> {
-    while (!signal.aborted) {
-      try {
-        for await (const _ of this.#options.engine.events(signal)) this.wake();
-      } catch (error) {
-        if (!signal.aborted) this.#options.log.debug({ error: messageOf(error) }, "the engine's events broke off");
-      }
-      // What happened while nobody listened is seen at the next look.
-      this.wake();
-      await sleep(lookWhenAwayMs, signal);
-    }
-  }
-
-  /** Keeps networks ready for the next starts, and takes them away in the end: another process could not tell them. */
-  async #keepNetworks(signal: AbortSignal): Promise<void> {
-    const { engine, log } = this.#options;
-    while (!signal.aborted) {
-      try {
-        if (this.acceptance().accepting) await engine.prepareNetworks(signal);
-        await sleep(prepareEveryMs, signal);
-      } catch (error) {
-        if (!signal.aborted) log.warn({ error: messageOf(error) }, "no network could be made ready");
-        await sleep(prepareAgainMs, signal);
-      }
-    }
-    try {
-      await engine.dropNetworks(AbortSignal.timeout(shutdownMs));
-    } catch (error) {
-      log.debug({ error: messageOf(error) }, "networks were left to the next start");
-    }
-  }
-
-  #meter(): void {
-    const nowMs = performance.now();
-    if (nowMs - this.#meteredMs < this.#options.usageIntervalMs) return;
-    this.#meteredMs = nowMs;
-    this.#flushUsage();
-  }
-
-  #flushUsage(): void {
-    try {
-      this.#book.meter(this.#seenMs);
-    } catch (error) {
-      // The next interval begins where the last journaled one ended, so nothing is lost by this.
-      this.#options.log.warn({ error: messageOf(error) }, "usage could not be journaled");
-    }
-    for (const text of this.#seenMs.keys()) {
-      const record = this.#book.all().find((candidate) => keyText(candidate) === text);
-      if (record === undefined || isOver(record.phase)) this.#seenMs.delete(text);
-    }
   }
 }
