@@ -124,8 +124,8 @@ export class Database implements AsyncDisposable {
 
   /**
    * Asks as clodei_system, each statement a transaction of its own, which takes one round trip instead of three: for what
-   * every second is asked and mostly answered by nothing. Statements may go out together, on as many connections. What must be true while something is done about an answer is
-   * asked again in the transaction that does it.
+   * every second is asked and mostly answered by nothing. Statements may go out together, on as many connections. What
+   * must be true while something is done about an answer is asked again in the transaction that does it.
    */
   look<T>(work: (tx: SystemTx) => Promise<T>): Promise<T> {
     return work({ ...createTx(this.#system, "at once"), system: true });
