@@ -1,7 +1,7 @@
 // Output is followed live through the SDK while agent and control plane are killed and the network between them breaks:
 // every line comes, once, in order, on the stream that it was written to; and so does every report.
 import assert from "node:assert/strict";
-import { readFile } from "node:fs/promises";
+import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -12,44 +12,67 @@ import { randomFrom, testSeed } from "../harness/random.ts";
 import { testImage, TestSystem } from "../harness/system.ts";
 import { TcpProxy } from "../harness/tcp-proxy.ts";
 
-const lineCount = 100_000;
 const wait = { timeoutMs: 90_000 };
 
-/** Writes numbered lines to both streams, with pauses, so that it goes on while things break. */
-function numberedLines(count: number, pauseEvery: number): string {
+/** Ends the output of `numberedLines`: a file in its workspace, which is a folder of the node. */
+const enough = "enough";
+/** Where `numberedLines` writes how many lines it wrote to each stream. */
+const written = "written";
+
+/** Writes numbered lines to both streams, with pauses, and ends when it is told to. */
+function numberedLines(pauseEvery: number): string {
   return (
-    `i=0; while [ $i -lt ${count} ]; do i=$((i+1)); echo "out $i"; echo "err $i" >&2; ` +
-    `[ $((i % ${pauseEvery})) -ne 0 ] || sleep 0.2; done`
+    `i=0; until [ -e /workspace/${enough} ]; do i=$((i+1)); echo "out $i"; echo "err $i" >&2; ` +
+    `[ $((i % ${pauseEvery})) -ne 0 ] || sleep 0.2; done; echo $i > /workspace/${written}`
   );
 }
 
-/** Follows to the end, with something done once so many lines have come. */
+interface Step {
+  readonly atLine: number;
+  readonly do: () => Promise<void>;
+}
+
+/** Follows the output while things are broken, each once so many lines have come, and to its end, after `atLeast`. */
 async function follow(
   instance: InstanceHandle,
-  steps: readonly { readonly atLine: number; readonly do: () => Promise<void> }[],
+  workspace: string,
+  atLeast: number,
+  steps: readonly Step[],
 ): Promise<Record<"stdout" | "stderr", string[]>> {
   const lines = { stdout: [] as string[], stderr: [] as string[] };
-  const left = [...steps];
-  const done: Promise<void>[] = [];
-  let busy = false;
-  for await (const { stream, text } of instance.logs({ follow: true }).lines()) {
-    lines[stream].push(text);
-    if (busy || lines.stdout.length < (left[0]?.atLine ?? Number.POSITIVE_INFINITY)) continue;
-    // While lines go on to come.
-    const step = left.shift();
-    if (step === undefined) continue;
-    busy = true;
-    done.push(step.do().finally(() => (busy = false)));
-  }
-  await Promise.all(done);
-  assert.equal(left.length, 0, "the output was over before everything was broken");
+  const read = async (): Promise<void> => {
+    for await (const { stream, text } of instance.logs({ follow: true }).lines()) lines[stream].push(text);
+  };
+  const reached = (line: number) =>
+    eventually(120_000, () => assert.ok(lines.stdout.length >= line, `${lines.stdout.length} of ${line} lines came`));
+  const breakThings = async (): Promise<void> => {
+    try {
+      for (const step of steps) {
+        await reached(step.atLine);
+        await step.do();
+      }
+      // The output goes on after the last of them, however long they took.
+      await reached(Math.max(atLeast, lines.stdout.length + 1000));
+    } finally {
+      await writeFile(join(workspace, enough), "");
+    }
+  };
+  await Promise.all([read(), breakThings()]);
   return lines;
 }
 
-function assertNumbered(lines: readonly string[], word: string, count: number): void {
-  const wrong = lines.findIndex((line, index) => line !== `${word} ${index + 1}`);
-  assert.equal(wrong, -1, `line ${wrong + 1} of ${word} is "${lines[wrong]}", before it "${lines[wrong - 1]}"`);
-  assert.equal(lines.length, count);
+/** Each line that was written came once, in order, on its own stream. */
+async function assertWhole(lines: Record<"stdout" | "stderr", string[]>, workspace: string): Promise<void> {
+  const count = Number(await readFile(join(workspace, written), "utf8"));
+  for (const [stream, word] of [
+    ["stdout", "out"],
+    ["stderr", "err"],
+  ] as const) {
+    const came = lines[stream];
+    const wrong = came.findIndex((line, index) => line !== `${word} ${index + 1}`);
+    assert.equal(wrong, -1, `line ${wrong + 1} of ${stream} is "${came[wrong]}", before it "${came[wrong - 1]}"`);
+    assert.equal(came.length, count, stream);
+  }
 }
 
 describe("output and reports through faults", { skip: engineUnavailable, timeout: 300_000 }, () => {
@@ -76,11 +99,13 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
       wait,
     );
 
-  test(`${lineCount} lines a stream are followed across a kill of the agent and one of the control plane`, async () => {
-    const instance = await run(numberedLines(lineCount, 5000));
-    const lines = await follow(instance, [
+  const workspaceOf = ({ id }: InstanceHandle) => join(system.agent("mad-1").folder, "workspaces", id);
+
+  test("100,000 lines a stream are followed across a kill of the agent and one of the control plane", async () => {
+    const instance = await run(numberedLines(5000));
+    const lines = await follow(instance, workspaceOf(instance), 100_000, [
       {
-        atLine: lineCount * 0.15,
+        atLine: 15_000,
         do: async () => {
           await system.agent("mad-1").kill();
           await sleep(random() * 300);
@@ -88,7 +113,7 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
         },
       },
       {
-        atLine: lineCount * 0.55,
+        atLine: 55_000,
         do: async () => {
           await system.controlPlane.kill();
           await sleep(random() * 300);
@@ -96,8 +121,7 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
         },
       },
     ]);
-    assertNumbered(lines.stdout, "out", lineCount);
-    assertNumbered(lines.stderr, "err", lineCount);
+    await assertWhole(lines, workspaceOf(instance));
     const ended = await instance.waitUntilStopped(wait);
     assert.deepEqual([ended.state, ended.reason], [InstanceState.STOPPED, InstanceReason.COMPLETED]);
     await instance.delete(wait);
@@ -105,8 +129,7 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
   });
 
   test("a link that is cut and falls silent loses and doubles neither lines nor reports", async () => {
-    const count = 20_000;
-    const chatter = await run(numberedLines(count, 200));
+    const chatter = await run(numberedLines(200));
     const jobs: InstanceHandle[] = [];
     const cut = async (): Promise<void> => {
       jobs.push(await run("echo run >> /workspace/runs", 50));
@@ -123,23 +146,21 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
       await sleep(4000);
       proxy.resume();
     };
-    const lines = await follow(chatter, [
-      { atLine: count * 0.05, do: cut },
-      { atLine: count * 0.2, do: cut },
-      { atLine: count * 0.35, do: hang },
-      { atLine: count * 0.5, do: cut },
-      { atLine: count * 0.6, do: cut },
+    const lines = await follow(chatter, workspaceOf(chatter), 20_000, [
+      { atLine: 1000, do: cut },
+      { atLine: 4000, do: cut },
+      { atLine: 7000, do: hang },
+      { atLine: 10_000, do: cut },
+      { atLine: 12_000, do: cut },
     ]);
-    assertNumbered(lines.stdout, "out", count);
-    assertNumbered(lines.stderr, "err", count);
+    await assertWhole(lines, workspaceOf(chatter));
     for (const instance of [chatter, ...jobs]) {
       const { state, reason } = await instance.waitUntilStopped(wait);
       assert.deepEqual([state, reason], [InstanceState.STOPPED, InstanceReason.COMPLETED], `seed ${seed}`);
       await assertEachStateOnce(instance);
     }
-    for (const { id } of jobs) {
-      const file = join(system.agent("mad-1").folder, "workspaces", id, "runs");
-      assert.equal(await readFile(file, "utf8"), "run\n", `seed ${seed}: ${id}`);
+    for (const job of jobs) {
+      assert.equal(await readFile(join(workspaceOf(job), "runs"), "utf8"), "run\n", `seed ${seed}: ${job.id}`);
     }
     await eventually(20_000, async () => {
       const { connected } = await system.operator.nodes.get(system.agent("mad-1").nodeId);
