@@ -12,6 +12,7 @@ import { type ClodeiClient, createClient } from "@clodei/sdk";
 import { openAuthority } from "../../control-plane/src/nodes/authority-store.ts";
 import { importBusybox } from "../../tools/engine/busybox.ts";
 import type { PrivateEngine } from "../../tools/engine/private-engine.ts";
+import { imagePath } from "../../tools/schema/schema.ts";
 import { findUnpacked } from "../../tools/setup/unpacked.mjs";
 import { DebianServer, serverUnavailable, withFreePorts } from "../harness/debian-server.ts";
 import { engineUnavailable, startTestEngine } from "../harness/engine.ts";
@@ -142,7 +143,6 @@ describe("behind proxies that end TLS", { skip: unavailable, timeout: 900_000 },
   let haproxy: Proxy;
   let apiKey: string;
   let caFile: string;
-  let schemaFile: string;
   let operator: ClodeiClient;
 
   const connections = new Agent({ keepAlive: true, maxSockets: 8 });
@@ -171,8 +171,6 @@ describe("behind proxies that end TLS", { skip: unavailable, timeout: 900_000 },
     );
     await controlPlane.start();
     certificate = await makeCertificate(join(folder, "proxies"), controlPlane);
-    schemaFile = join(certificate.folder, "schema.binpb");
-    await buf("build", "--output", schemaFile);
     caFile = join(controlPlane.folder, "ca", "certificate.pem");
     haproxy = closing.use(await startHaproxy(certificate, behindOf(controlPlane)));
     apiKey = await keyOf("create-organization", "--name", "acme");
@@ -212,7 +210,7 @@ describe("behind proxies that end TLS", { skip: unavailable, timeout: 900_000 },
   async function checkProtocols(publicUrl: string, protocols: readonly string[]): Promise<void> {
     for (const protocol of protocols) {
       // Not by reflection: its stream goes both ways at once, which HTTP/1.1 to the control plane cannot.
-      const how = ["--schema", schemaFile, "--protocol", protocol, "--cacert", caFile];
+      const how = ["--schema", imagePath, "--protocol", protocol, "--cacert", caFile];
       const bearer = `Authorization: Bearer ${apiKey}`;
       const answer = await buf("curl", ...how, "-H", bearer, `${publicUrl}/clodei.v1.IdentityService/WhoAmI`);
       assert.match(answer, /"organizationName": ?"acme"/, protocol);
