@@ -1,79 +1,19 @@
 // Output is followed live through the SDK while agent and control plane are killed and the network between them breaks:
 // every line comes, once, in order, on the stream that it was written to; and so does every report.
 import assert from "node:assert/strict";
-import { readFile, writeFile } from "node:fs/promises";
+import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { type ClodeiClient, type InstanceHandle, InstanceReason, InstanceState } from "@clodei/sdk";
 import { engineUnavailable } from "../harness/engine.ts";
 import { eventually } from "../harness/eventually.ts";
+import { assertEachLineOnce, followThrough, numberedOutput } from "../harness/numbered-output.ts";
 import { randomFrom, testSeed } from "../harness/random.ts";
 import { testImage, TestSystem } from "../harness/system.ts";
 import { TcpProxy } from "../harness/tcp-proxy.ts";
 
 const wait = { timeoutMs: 90_000 };
-
-/** Ends the output of `numberedLines`: a file in its workspace, which is a folder of the node. */
-const enough = "enough";
-/** Where `numberedLines` writes how many lines it wrote to each stream. */
-const written = "written";
-
-/** Writes numbered lines to both streams, with pauses, and ends when it is told to. */
-function numberedLines(pauseEvery: number): string {
-  return (
-    `i=0; until [ -e /workspace/${enough} ]; do i=$((i+1)); echo "out $i"; echo "err $i" >&2; ` +
-    `[ $((i % ${pauseEvery})) -ne 0 ] || sleep 0.2; done; echo $i > /workspace/${written}`
-  );
-}
-
-interface Step {
-  readonly atLine: number;
-  readonly do: () => Promise<void>;
-}
-
-/** Follows the output while things are broken, each once so many lines have come, and to its end, after `atLeast`. */
-async function follow(
-  instance: InstanceHandle,
-  workspace: string,
-  atLeast: number,
-  steps: readonly Step[],
-): Promise<Record<"stdout" | "stderr", string[]>> {
-  const lines = { stdout: [] as string[], stderr: [] as string[] };
-  const read = async (): Promise<void> => {
-    for await (const { stream, text } of instance.logs({ follow: true }).lines()) lines[stream].push(text);
-  };
-  const reached = (line: number) =>
-    eventually(120_000, () => assert.ok(lines.stdout.length >= line, `${lines.stdout.length} of ${line} lines came`));
-  const breakThings = async (): Promise<void> => {
-    try {
-      for (const step of steps) {
-        await reached(step.atLine);
-        await step.do();
-      }
-      // The output goes on after the last of them, however long they took.
-      await reached(Math.max(atLeast, lines.stdout.length + 1000));
-    } finally {
-      await writeFile(join(workspace, enough), "");
-    }
-  };
-  await Promise.all([read(), breakThings()]);
-  return lines;
-}
-
-/** Each line that was written came once, in order, on its own stream. */
-async function assertWhole(lines: Record<"stdout" | "stderr", string[]>, workspace: string): Promise<void> {
-  const count = Number(await readFile(join(workspace, written), "utf8"));
-  for (const [stream, word] of [
-    ["stdout", "out"],
-    ["stderr", "err"],
-  ] as const) {
-    const came = lines[stream];
-    const wrong = came.findIndex((line, index) => line !== `${word} ${index + 1}`);
-    assert.equal(wrong, -1, `line ${wrong + 1} of ${stream} is "${came[wrong]}", before it "${came[wrong - 1]}"`);
-    assert.equal(came.length, count, stream);
-  }
-}
 
 describe("output and reports through faults", { skip: engineUnavailable, timeout: 300_000 }, () => {
   const seed = testSeed();
@@ -102,26 +42,23 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
   const workspaceOf = ({ id }: InstanceHandle) => join(system.agent("mad-1").folder, "workspaces", id);
 
   test("100,000 lines a stream are followed across a kill of the agent and one of the control plane", async () => {
-    const instance = await run(numberedLines(5000));
-    const lines = await follow(instance, workspaceOf(instance), 100_000, [
-      {
-        atLine: 15_000,
-        do: async () => {
-          await system.agent("mad-1").kill();
-          await sleep(random() * 300);
-          system.agent("mad-1").launch();
-        },
-      },
-      {
-        atLine: 55_000,
-        do: async () => {
-          await system.controlPlane.kill();
-          await sleep(random() * 300);
-          await system.controlPlane.start();
-        },
-      },
-    ]);
-    await assertWhole(lines, workspaceOf(instance));
+    const instance = await run(numberedOutput(5000));
+    const killAgent = async (): Promise<void> => {
+      await system.agent("mad-1").kill();
+      await sleep(random() * 300);
+      system.agent("mad-1").launch();
+    };
+    const killControlPlane = async (): Promise<void> => {
+      await system.controlPlane.kill();
+      await sleep(random() * 300);
+      await system.controlPlane.start();
+    };
+    const faults = [
+      { atLine: 15_000, make: killAgent },
+      { atLine: 55_000, make: killControlPlane },
+    ];
+    const lines = await followThrough(faults, instance, workspaceOf(instance), 100_000);
+    await assertEachLineOnce(lines, workspaceOf(instance));
     const ended = await instance.waitUntilStopped(wait);
     assert.deepEqual([ended.state, ended.reason], [InstanceState.STOPPED, InstanceReason.COMPLETED]);
     await instance.delete(wait);
@@ -129,7 +66,7 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
   });
 
   test("a link that is cut and falls silent loses and doubles neither lines nor reports", async () => {
-    const chatter = await run(numberedLines(200));
+    const chatter = await run(numberedOutput(200));
     const jobs: InstanceHandle[] = [];
     const cut = async (): Promise<void> => {
       jobs.push(await run("echo run >> /workspace/runs", 50));
@@ -146,14 +83,15 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
       await sleep(4000);
       proxy.resume();
     };
-    const lines = await follow(chatter, workspaceOf(chatter), 20_000, [
-      { atLine: 1000, do: cut },
-      { atLine: 4000, do: cut },
-      { atLine: 7000, do: hang },
-      { atLine: 10_000, do: cut },
-      { atLine: 12_000, do: cut },
-    ]);
-    await assertWhole(lines, workspaceOf(chatter));
+    const faults = [
+      { atLine: 1000, make: cut },
+      { atLine: 4000, make: cut },
+      { atLine: 7000, make: hang },
+      { atLine: 10_000, make: cut },
+      { atLine: 12_000, make: cut },
+    ];
+    const lines = await followThrough(faults, chatter, workspaceOf(chatter));
+    await assertEachLineOnce(lines, workspaceOf(chatter));
     for (const instance of [chatter, ...jobs]) {
       const { state, reason } = await instance.waitUntilStopped(wait);
       assert.deepEqual([state, reason], [InstanceState.STOPPED, InstanceReason.COMPLETED], `seed ${seed}`);

@@ -2,6 +2,8 @@
 // a node whose clock is wrong. What runs goes on, what ended meanwhile is told, and no time that was used is lost.
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
+import { writeFile } from "node:fs/promises";
+import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { type InstanceHandle, InstanceReason, InstanceState, NodeState, type RunSpec } from "@clodei/sdk";
@@ -61,10 +63,11 @@ describe("long outages", { skip: engineUnavailable, timeout: 600_000 }, () => {
    */
   async function surviveOutage(lengthMs: number): Promise<number> {
     const lasting = await running("sleep 1000");
-    const ending = await running("sleep 2; echo done; exit 7");
+    const ending = await running("until [ -e /workspace/end ]; do sleep 0.1; done; echo done; exit 7");
     const before = (await listContainers(system.engine, lasting.id)).map(({ Id }) => Id);
     const runsUntilMs = Date.now() + lengthMs;
     await system.controlPlane.kill();
+    await writeFile(join(system.agent("mad-1").folder, "workspaces", ending.id, "end"), "");
     await sleep(lengthMs);
     const [container] = await listContainers(system.engine, lasting.id);
     assert.deepEqual([container?.Id, container?.State], [before[0], "running"], "nothing stops on the node");

@@ -2,12 +2,14 @@
 // other runs, because every reconciler looks for itself. Output is read at either, wherever the node's session is and goes.
 // Then one of them drains under many streams.
 import assert from "node:assert/strict";
+import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { type ClodeiClient, type Instance, InstanceState, type RunSpec } from "@clodei/sdk";
 import { newId } from "@clodei/proto/ids";
 import { listContainers } from "../harness/containers.ts";
 import { engineUnavailable } from "../harness/engine.ts";
 import { eventually } from "../harness/eventually.ts";
+import { assertEachLineOnce, followThrough, numberedOutput } from "../harness/numbered-output.ts";
 import { madrid, patience, testImage, TestSystem } from "../harness/system.ts";
 import { TcpProxy } from "../harness/tcp-proxy.ts";
 
@@ -15,8 +17,10 @@ const patienceMs = 60_000;
 const watches = 200;
 /** A connection carries at most 100 streams. */
 const watchers = 4;
-/** Of each stream: what is written at once, and what takes about ten seconds with its pauses. */
+/** Of each stream. */
 const lines = 3_000;
+
+const numberedLines = `i=0; while [ $i -lt ${lines} ]; do i=$((i+1)); echo "out $i"; echo "err $i" >&2; done`;
 
 const sleeper: RunSpec = {
   image: testImage,
@@ -103,7 +107,7 @@ describe("two control planes on one database, without hints", { skip: engineUnav
   });
 
   test("output is the same at both replicas, while it comes and when it is there", async () => {
-    const instance = await near.instances.run({ ...sleeper, command: ["sh", "-c", numberedLines(lines)] });
+    const instance = await near.instances.run({ ...sleeper, command: ["sh", "-c", numberedLines] });
     const expected = Array.from({ length: lines }, (_, index) => index + 1);
     const text = (word: string): string => expected.map((number) => `${word} ${number}\n`).join("");
     const followed = await Promise.all(
@@ -159,7 +163,7 @@ describe("two control planes on one database, without hints", { skip: engineUnav
     const instance = await client.instances.run({
       ...sleeper,
       location: { country: "ES", region: location.region },
-      command: ["sh", "-c", numberedLines(lines, 100)],
+      command: ["sh", "-c", numberedOutput(100)],
     });
     // Replica 1 has the session of the other node as well.
     const sessionsWithIt = [1, 2];
@@ -174,30 +178,14 @@ describe("two control planes on one database, without hints", { skip: engineUnav
       balancer.leadTo(0);
       await system.replica(1).kill();
     };
-    const steps = [() => moveTo(0), () => moveTo(1), kill];
-    const found = { stdout: [] as string[], stderr: [] as string[] };
+    const faults = [
+      { atLine: 400, make: () => moveTo(0) },
+      { atLine: 800, make: () => moveTo(1) },
+      { atLine: 1200, make: kill },
+    ];
+    const workspace = join(agent.folder, "workspaces", instance.id);
     const before = await relayedBytes(0);
-    let step: Promise<void> = Promise.resolve();
-    for await (const { stream, text } of instance.logs().lines()) {
-      found[stream].push(text);
-      // One after the other, each once lines have come since the last.
-      if (stream === "stdout" && found.stdout.length % 400 === 0) {
-        const change = steps.shift();
-        if (change !== undefined) step = step.then(change);
-      }
-    }
-    await step;
-    assert.equal(steps.length, 0, "the output was over before everything had happened");
-    const expected = Array.from({ length: lines }, (_, index) => index + 1);
-    for (const [stream, word] of [
-      ["stdout", "out"],
-      ["stderr", "err"],
-    ] as const) {
-      assert.deepEqual(
-        found[stream],
-        expected.map((number) => `${word} ${number}`),
-      );
-    }
+    await assertEachLineOnce(await followThrough(faults, instance, workspace), workspace);
     assert.ok((await relayedBytes(0)) > before);
     await system.replica(1).start();
     await instance.delete();
@@ -257,14 +245,6 @@ describe("two control planes on one database, without hints", { skip: engineUnav
     await system.replica(0).start();
   });
 });
-
-/** Writes numbered lines to both streams, and pauses after so many. */
-function numberedLines(count: number, pauseEvery = count): string {
-  return (
-    `i=0; while [ $i -lt ${count} ]; do i=$((i+1)); echo "out $i"; echo "err $i" >&2; ` +
-    `[ $((i % ${pauseEvery})) -ne 0 ] || sleep 0.3; done`
-  );
-}
 
 /** What a watch says, as it comes: the states of each instance after the snapshot, and whether it began anew. */
 function follow(client: ClodeiClient, signal: AbortSignal) {
