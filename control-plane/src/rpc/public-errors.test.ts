@@ -18,6 +18,7 @@ import {
   sendPlain,
   showingRoutes,
   startTestListener,
+  type TestListener,
   transportKinds,
 } from "./test-listener.ts";
 
@@ -74,6 +75,7 @@ describe("errors of the public listener", () => {
     const frame = Buffer.concat([Buffer.alloc(5), Buffer.from(body)]);
     frame.writeUInt32BE(body.length, 1);
     const client = connectHttp2(listener.url, { ca: listener.caPem });
+    await once(client, "connect");
     const stream = client.request({
       ":method": "POST",
       ":path": "/clodei.v1.InstanceService/GetInstance",
@@ -102,7 +104,7 @@ describe("errors of the public listener", () => {
   test("says of a stream that its deadline passed, though its handler simply ends", async () => {
     await using listener = await startTestListener(showingRoutes);
     // Only in the header: a client that knows of it would give up by itself.
-    const deadlines = { grpc: { "grpc-timeout": "300m" }, "connect-json": { "connect-timeout-ms": "300" } } as const;
+    const deadlines = { grpc: { "grpc-timeout": "1500m" }, "connect-json": { "connect-timeout-ms": "1500" } } as const;
     for (const kind of ["grpc", "connect-json"] as const) {
       const client = createClient(InstanceService, listener.transport(kind, adminCredential));
       const cursors: string[] = [];
@@ -115,6 +117,7 @@ describe("errors of the public listener", () => {
       assert.deepEqual(cursors, ["first"], kind);
     }
     await listener.untilLogged(/WatchInstances","code":"deadline_exceeded"/, 2);
+    assert.equal(listener.lines.filter((line) => line.includes("WatchInstances")).length, 2, "each is logged once");
   });
 
   test("refuses a message of more than 4 MiB, also one that unpacks to it", async () => {
@@ -148,6 +151,49 @@ describe("errors of the public listener", () => {
     assert.match(answer, /"invalid_argument".*larger than 4194304 bytes/);
   });
 
+  /** Sends the beginning of a body over HTTP/2, and waits until the stream is ended though its rest never comes. */
+  async function sendUnended(listener: TestListener, type: string, beginning: Buffer): Promise<string> {
+    const client = connectHttp2(listener.url, { ca: listener.caPem });
+    const stream = client.request({
+      ":method": "POST",
+      ":path": "/clodei.v1.InstanceService/CreateInstance",
+      "content-type": type,
+      te: "trailers",
+      authorization: adminCredential,
+    });
+    let answer = "";
+    stream.on("data", (part: Buffer) => (answer += part.toString()));
+    stream.once("trailers", (trailers) => (answer += JSON.stringify(trailers)));
+    stream.write(beginning);
+    await once(stream, "close");
+    assert.equal(stream.rstCode, constants.NGHTTP2_NO_ERROR, "what the client sent was no error");
+    client.close();
+    return decodeURIComponent(answer.replaceAll(/%(?![0-9A-F]{2})/gu, "%25"));
+  }
+  const bodyTypes = ["application/grpc+proto", "application/grpc-web+proto", "application/proto", "application/json"];
+
+  test("ends a request whose answer does not wait for the rest of its body, though that never comes", async () => {
+    await using listener = await startTestListener(showingRoutes);
+    const send = async (type: string): Promise<void> => {
+      const beginning = Buffer.alloc(type.includes("grpc") ? 10 : 4 * 1024 * 1024 + 1);
+      // Of a frame: the length of a message that is too large.
+      if (type.includes("grpc")) beginning.writeUInt32BE(5 * 1024 * 1024, 1);
+      assert.match(await sendUnended(listener, type, beginning), /larger than 4194304 bytes/, type);
+    };
+    await Promise.all(bodyTypes.map(send));
+    await listener.untilLogged(/CreateInstance","code":"invalid_argument"/, bodyTypes.length);
+  });
+
+  test("gives up a request that does not come whole in time, and says so", async () => {
+    await using listener = await startTestListener(showingRoutes, { requestTimeoutMs: 500 });
+    const send = async (type: string): Promise<void> => {
+      const answer = await sendUnended(listener, type, Buffer.of(0, 0, 0, 0, 2, 0));
+      assert.match(answer, /did not come whole within 0\.5 s/, type);
+    };
+    await Promise.all(bodyTypes.map(send));
+    await listener.untilLogged(/CreateInstance","code":"deadline_exceeded"/, bodyTypes.length);
+  });
+
   test("gives a reason also to errors that come before the handler and its interceptors", async () => {
     await using listener = await startTestListener(showingRoutes);
     const whoAmI = "/clodei.v1.IdentityService/WhoAmI";
@@ -178,7 +224,8 @@ describe("errors of the public listener", () => {
       createClient(NodeService, listener.transport("grpc", adminCredential)).listNodes({}),
     );
     assert.deepEqual([unknown.code, reasonOf(unknown)], [Code.Unimplemented, "UNIMPLEMENTED"]);
-    await listener.untilLogged(/CreateInstance","code":"invalid_argument"/);
+    await listener.untilLogged(/CreateInstance","code":"invalid_argument"/, transportKinds.length);
+    await listener.untilLogged(/"method":"unknown","code":"unimplemented".*"http":"2.0"/);
     assert.ok(!listener.lines.some((line) => /"code":"http_[45]/.test(line)));
   });
 

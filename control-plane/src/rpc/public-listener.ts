@@ -2,6 +2,7 @@
 // measured: the defaults of the libraries are about 4 GiB a message and no bound on streams.
 import { randomUUID } from "node:crypto";
 import type { EventEmitter } from "node:events";
+import { constants, type ServerHttp2Stream } from "node:http2";
 import type { ConnectRouter } from "@connectrpc/connect";
 import { errorToJson } from "@connectrpc/connect/protocol-connect";
 import { setTrailerStatus } from "@connectrpc/connect/protocol-grpc";
@@ -33,13 +34,16 @@ export type PublicListenerOptions = Omit<PipelineOptions, "shutdownSignal"> &
     readonly corsOrigins: readonly string[];
     readonly routes: (router: ConnectRouter) => void;
     readonly metrics: Metrics;
+    /** Time for a request's headers and body, in milliseconds; 30 s where absent. */
+    readonly requestTimeoutMs?: number;
   };
 
 /** A public listener that listens. Its end ends streams, too. */
 export type PublicListener = PublicServer;
 
-/** Time for a request's headers and body. */
-const requestTimeoutMs = 30_000;
+const defaultRequestTimeoutMs = 30_000;
+/** Time for the rest of a body for which the answer did not wait. */
+const unreadBodyMs = 1_000;
 /** Reflection is the client's own stream, for which nobody needs credentials: a tool that explores comes back. */
 const reflectionTimeoutMs = 5 * 60_000;
 /** Two years, as browsers' preload lists ask. */
@@ -101,7 +105,7 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
       response.end();
       return;
     }
-    limitBodyTime(request, response);
+    limitBodyTime(request, response, record, options.requestTimeoutMs ?? defaultRequestTimeoutMs);
     const method = served.get(request.url?.split("?", 1)[0] ?? "");
     const refusal = method === undefined ? unknownPath : refusalOf(request, method);
     if (refusal !== undefined) {
@@ -144,12 +148,36 @@ function createRecorder(options: PublicListenerOptions): (request: Request, resp
 }
 
 /** A body that trickles in holds memory and a stream. Only gRPC's own content type can carry a client's stream. */
-function limitBodyTime(request: Request, response: Response): void {
+function limitBodyTime(request: Request, response: Response, record: RequestRecord, timeoutMs: number): void {
   const isReflection = request.url?.startsWith("/grpc.reflection.") === true;
-  const timer = setTimeout(() => request.destroy(), isReflection ? reflectionTimeoutMs : requestTimeoutMs);
+  const limitMs = isReflection ? reflectionTimeoutMs : timeoutMs;
+  const timer = setTimeout(() => {
+    const text = `the request did not come whole within ${limitMs / 1_000} s: send it again`;
+    const error = toConnectError(new DomainError(ErrorReason.DEADLINE_EXCEEDED, text), record.requestId);
+    record.code ??= codeName(error.code);
+    onceOf(request, "error", () => undefined);
+    // Thrown where the body is read, which answers in the request's protocol. In HTTP/1.1 the connection ends with it.
+    request.destroy("stream" in response ? error : undefined);
+  }, limitMs);
   const stop = (): void => clearTimeout(timer);
   onceOf(request, "end", stop);
   onceOf(response, "close", stop);
+  // In HTTP/1.1 Node does so by itself.
+  if ("stream" in response) dropUnreadBody(response.stream);
+}
+
+/**
+ * Ends a stream whose answer did not wait for the whole body. Until both have ended the stream counts as open, for its
+ * connection and for its caller, and a client that is not read from may wait for ever.
+ */
+function dropUnreadBody(stream: ServerHttp2Stream): void {
+  stream.once("finish", () => {
+    if (stream.readableEnded) return;
+    stream.removeAllListeners("data").resume();
+    // Not at once: the trailers may be behind. With this code it is no error of the request (RFC 9113, section 8.1).
+    const timer = setTimeout(() => stream.close(constants.NGHTTP2_NO_ERROR), unreadBodyMs);
+    stream.once("close", () => clearTimeout(timer));
+  });
 }
 
 function logAccess(request: Request, response: Response, record: RequestRecord, options: PublicListenerOptions): void {
