@@ -7,35 +7,45 @@ import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 
 const cache = join(dirname(dirname(dirname(fileURLToPath(import.meta.url)))), ".cache", "debian");
-const run = promisify(execFile);
+const execute = promisify(execFile);
+/** What it prints is in English: reasons are read from it. */
+const run = (program, parameters, options = {}) =>
+  execute(program, parameters, { ...options, env: { ...process.env, LC_ALL: "C" } });
+const nothing = () => undefined;
 /** After which a package that no list had is asked for again. */
 const askAgainMs = 24 * 60 * 60 * 1000;
 
-/** Each package, and the file of it that is wanted. */
-const files = {
-  haproxy: "usr/sbin/haproxy",
-  "libnginx-mod-stream": "usr/lib/nginx/modules/ngx_stream_module.so",
-  nginx: "usr/sbin/nginx",
-  pgbouncer: "usr/sbin/pgbouncer",
-  "postgresql-15": "usr/lib/postgresql/15/bin/postgres",
+/**
+ * Each program: its file, what else it needs beside that, and the packages that have them. Of one installation, or of one
+ * unpacking: nginx takes modules of its own version alone.
+ */
+const programs = {
+  haproxy: { file: "usr/sbin/haproxy", packages: ["haproxy"] },
+  nginx: {
+    file: "usr/sbin/nginx",
+    beside: "usr/lib/nginx/modules/ngx_stream_module.so",
+    packages: ["nginx", "libnginx-mod-stream"],
+  },
+  pgbouncer: { file: "usr/sbin/pgbouncer", packages: ["pgbouncer"] },
+  "postgresql-15": { file: "usr/lib/postgresql/15/bin/postgres", packages: ["postgresql-15"] },
 };
 
-/** @typedef {keyof typeof files} UnpackedName */
+/** @typedef {keyof typeof programs} UnpackedName */
 
 /** All of them. */
-export const unpackedNames = /** @type {UnpackedName[]} */ (Object.keys(files));
+export const unpackedNames = /** @type {UnpackedName[]} */ (Object.keys(programs));
 
 /**
- * Where a package's file is, and where the libraries are that it needs beside the system's.
+ * Where a program is, in which folder the files of its packages are, and where the libraries are that it needs beside the
+ * system's.
  * @param {UnpackedName} name
- * @returns {{ path: string, libraries: string | undefined } | undefined}
+ * @returns {{ path: string, folder: string, libraries: string | undefined } | undefined}
  */
 export function findUnpacked(name) {
-  const installed = join("/", files[name]);
-  if (existsSync(installed)) return { path: installed, libraries: undefined };
+  const path = join("/", programs[name].file);
+  if (isWhole(name, "/")) return { path, folder: "/", libraries: undefined };
   const folder = join(cache, name);
-  const path = join(folder, files[name]);
-  if (!existsSync(path)) return undefined;
+  if (!isWhole(name, folder)) return undefined;
   const libraries = ["usr/lib", "lib"].flatMap((place) => {
     const parent = join(folder, place);
     if (!existsSync(parent)) return [];
@@ -43,7 +53,12 @@ export function findUnpacked(name) {
       .filter((entry) => entry.endsWith("-linux-gnu"))
       .map((entry) => join(parent, entry));
   });
-  return { path, libraries: libraries.join(":") };
+  return { path: join(folder, path), folder, libraries: libraries.join(":") };
+}
+
+function isWhole(name, folder) {
+  const { file, beside } = programs[name];
+  return [file, beside ?? file].every((each) => existsSync(join(folder, each)));
 }
 
 /**
@@ -75,10 +90,11 @@ async function unpackAll(names, progress) {
   // The lists of a fresh machine are empty and those of an old one name files that are gone: update, once.
   const isUpdated = await run("apt-get", ["-qq", "update", "--error-on=any"]).then(
     () => true,
-    () => false,
+    // Some of the lists may be new nevertheless; and an apt that does not know the option has updated none.
+    () => run("apt-get", ["-qq", "update"]).then(nothing, nothing),
   );
   const again = await tryEach([...failed.keys()]);
-  if (isUpdated) for (const [name, reason] of again) noteRefusal(name, reason);
+  if (isUpdated === true) for (const [name, reason] of again) noteRefusal(name, reason);
   return [...again.values()];
 }
 
@@ -126,16 +142,17 @@ async function unpack(name) {
   await run("apt-get", ["-qq", "download", ...(await neededPackages(name))], { cwd: downloads });
   for (const file of readdirSync(downloads)) await run("dpkg-deb", ["--extract", join(downloads, file), attempt]);
   rmSync(downloads, { recursive: true });
-  if (!existsSync(join(attempt, files[name]))) throw new Error(`the package has no ${files[name]}`);
+  if (!isWhole(name, attempt)) throw new Error(`the package has no ${programs[name].file}`);
   // In one step: what an interrupted attempt left looks like a package.
   rmSync(folder, { recursive: true, force: true });
   renameSync(attempt, folder);
 }
 
-/** The package, and those that it needs and that are not installed in whichever version. */
+/** The program's packages, and those that they need and that are not installed in whichever version. */
 async function neededPackages(name) {
-  const { stdout } = await run("apt-get", ["-qq", "install", "--simulate", "--no-install-recommends", name]);
+  const { packages } = programs[name];
+  const { stdout } = await run("apt-get", ["-qq", "install", "--simulate", "--no-install-recommends", ...packages]);
   const lines = stdout.split("\n").filter((line) => line.startsWith("Inst "));
   const fresh = lines.filter((line) => !/^Inst \S+ \[/.test(line)).map((line) => line.split(" ")[1] ?? "");
-  return [...new Set([name, ...fresh])];
+  return [...new Set([...fresh, ...packages])];
 }
