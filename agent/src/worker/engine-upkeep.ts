@@ -14,8 +14,6 @@ const prepareEveryMs = 250;
 const prepareAgainMs = 15_000;
 /** After the engine's events broke off. */
 const listenAgainMs = 1000;
-/** So long an ending worker waits for the engine to let go of what was asked of it. */
-export const shutdownMs = 10_000;
 
 /** Keeps house in the engine. */
 export class EngineUpkeep {
@@ -42,8 +40,12 @@ export class EngineUpkeep {
     }
   }
 
-  /** Keeps networks ready for the next starts, and takes them away in the end: another process could not tell them. */
-  async keepNetworks(signal: AbortSignal, takesWork: () => boolean): Promise<void> {
+  /**
+   * Keeps networks ready for the next starts, and takes them away in the end: another process could not tell them.
+   *
+   * @param dropMs So long that may take.
+   */
+  async keepNetworks(signal: AbortSignal, dropMs: number, takesWork: () => boolean): Promise<void> {
     while (!signal.aborted) {
       try {
         if (takesWork()) await this.#engine.prepareNetworks(signal);
@@ -54,7 +56,7 @@ export class EngineUpkeep {
       }
     }
     try {
-      await this.#engine.dropNetworks(AbortSignal.timeout(shutdownMs));
+      await this.#engine.dropNetworks(AbortSignal.timeout(dropMs));
     } catch (error) {
       this.#log.debug({ error: messageOf(error) }, "networks were left to the next start");
     }

@@ -22,7 +22,7 @@ import { sleep } from "../sleep.ts";
 import { AttemptBook } from "./attempt-book.ts";
 import type { BootClock } from "./boot-clock.ts";
 import { desiredAttempt, needsOf, runDeadlineMs } from "./desired.ts";
-import { EngineUpkeep, shutdownMs } from "./engine-upkeep.ts";
+import { EngineUpkeep } from "./engine-upkeep.ts";
 import { Executor } from "./executor.ts";
 import type { Judge } from "./judge.ts";
 import { Lanes } from "./lanes.ts";
@@ -35,6 +35,8 @@ import { UsageMeter } from "./usage-meter.ts";
 const lookEveryMs = 5000;
 /** While the engine is away. */
 const lookWhenAwayMs = 1000;
+/** So long an ending worker waits for the engine to let go of what was asked of it. */
+const shutdownMs = 10_000;
 /** An event storm (a container that writes its health each millisecond) must not make a storm of looks. */
 const leastLookGapMs = 20;
 
@@ -226,7 +228,7 @@ export class Worker {
   async run(signal: AbortSignal): Promise<void> {
     const upkeep = Promise.all([
       this.#upkeep.listen(signal, () => this.wake()),
-      this.#upkeep.keepNetworks(signal, () => this.acceptance().accepting),
+      this.#upkeep.keepNetworks(signal, shutdownMs, () => this.acceptance().accepting),
     ]);
     while (!signal.aborted) {
       const wake = Promise.withResolvers<void>();
