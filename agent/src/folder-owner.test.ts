@@ -86,14 +86,14 @@ async function nodeOf(folder: string): Promise<NodeId | undefined> {
   return (await new IdentityStore(statePaths(folder).identity).load())?.nodeId;
 }
 
-async function run(folder: string): Promise<unknown> {
+async function run(folder: string, signal = AbortSignal.timeout(30_000)): Promise<unknown> {
   const command = readCommand(["run", "--state", folder, "--docker-socket", join(folder, "no.sock")], {});
   assert.ok(command.kind === "run");
   return await runAgent({
     config: command.config,
     agentVersion: "1",
     log: pino({ level: "silent" }),
-    signal: AbortSignal.timeout(300),
+    signal,
   });
 }
 
@@ -105,7 +105,7 @@ describe("a state folder is one node's", { timeout: 60_000 }, () => {
       const file = await leaveWork(folder, nodeId);
       assert.equal(await enroll(nodeId), undefined);
       assert.equal(await nodeOf(folder), nodeId);
-      assert.equal(await run(folder), "stopped");
+      assert.equal(await run(folder, AbortSignal.timeout(300)), "stopped");
       assert.equal(await readFile(file, "utf8"), "a customer's");
       // The identity is lost, and the journal still tells whose folder this is.
       await rm(statePaths(folder).identity, { recursive: true });

@@ -119,9 +119,9 @@ test("a wait ends at its deadline with the state so far, and at an abort", async
   const reason = InstanceReason.WAITING_FOR_CAPACITY;
   await using server = await serverWithStates([instance(2, InstanceState.PENDING, { reason })]);
   const handle = await server.client().instances.run({ image: "busybox" });
-  await assert.rejects(handle.waitUntilRunning({ timeoutMs: 80 }), (error: unknown) => {
+  await assert.rejects(handle.waitUntilRunning({ timeoutMs: 1_000 }), (error: unknown) => {
     assert.ok(error instanceof ClodeiError && error.reason === "DEADLINE_EXCEEDED");
-    return /PENDING \(WAITING_FOR_CAPACITY\) and not RUNNING after 80 ms/.test(error.message);
+    return /PENDING \(WAITING_FOR_CAPACITY\) and not RUNNING after 1000 ms/.test(error.message);
   });
   await assert.rejects(handle.waitUntilRunning({ signal: AbortSignal.timeout(50) }), (error: unknown) => {
     return error instanceof ClodeiError && error.reason === "CANCELED";

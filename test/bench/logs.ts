@@ -69,7 +69,7 @@ async function run(system: TestSystem, bursts: number): Promise<{ instance: Inst
   const spec = { image: testImage, command, cpuMillis: 1000, memoryMib: 256, stopGraceSeconds: 0 };
   const instance = await system.client.instances.run(spec);
   await instance.waitUntilRunning(wait);
-  const workspace = join(system.agent(agentName).folder, "workspaces", instance.id);
+  const workspace = system.agent(agentName).workspaceOf(instance);
   await layBurst(workspace);
   return { instance, workspace };
 }

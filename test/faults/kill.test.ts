@@ -178,7 +178,7 @@ describe("kills at random moments", { skip: engineUnavailable, timeout: 3_600_00
   /** How often the instance's script began, as it wrote itself into its workspace. */
   async function runs(instance: InstanceHandle): Promise<number> {
     const counts = agents.map(async (name) => {
-      const file = join(system.agent(name).folder, "workspaces", instance.id, "runs");
+      const file = join(system.agent(name).workspaceOf(instance), "runs");
       const text = await readFile(file, "utf8").catch(() => "");
       return text.split("\n").length - 1;
     });

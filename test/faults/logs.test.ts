@@ -39,7 +39,7 @@ describe("output and reports through faults", { skip: engineUnavailable, timeout
       wait,
     );
 
-  const workspaceOf = ({ id }: InstanceHandle) => join(system.agent("mad-1").folder, "workspaces", id);
+  const workspaceOf = (instance: InstanceHandle) => system.agent("mad-1").workspaceOf(instance);
 
   test("100,000 lines a stream are followed across a kill of the agent and one of the control plane", async () => {
     const instance = await run(numberedOutput(5000));

@@ -11,6 +11,8 @@ const patienceMs = 120_000;
 const [enough, written] = ["enough", "written"];
 /** Lines that come after the last of what happens. */
 const linesAfter = 1000;
+/** Far above what tests wait for: a flood that nobody ends would go on for as long as its container. */
+const mostLines = 1_000_000;
 
 export interface Fault {
   /** It happens once so many lines of stdout have come, and the fault before it is over. */
@@ -23,16 +25,17 @@ export type FollowedOutput = Readonly<Record<"stdout" | "stderr", string[]>>;
 /** A shell script that writes numbered lines to both streams, and rests for 0.2 s after so many, until it is ended. */
 export function numberedOutput(restEvery: number): string {
   return (
-    `i=0; until [ -e /workspace/${enough} ]; do i=$((i+1)); echo "out $i"; echo "err $i" >&2; ` +
+    `i=0; until [ -e /workspace/${enough} ] || [ $i -ge ${mostLines} ]; do i=$((i+1)); echo "out $i"; echo "err $i" >&2; ` +
     `[ $((i % ${restEvery})) -ne 0 ] || sleep 0.2; done; echo $i > /workspace/${written}`
   );
 }
 
 /**
- * Follows numbered output through faults, and ends it after them.
+ * Follows numbered output through faults, one after the other, and ends it after them.
  *
  * @param workspace The instance's folder on its node.
  * @param atLeast So many lines of stdout come before the output is ended.
+ * @throws What following threw, also when a fault failed because of it. No fault is made after that.
  */
 export async function followThrough(
   faults: readonly Fault[],
@@ -41,13 +44,22 @@ export async function followThrough(
   atLeast = 0,
 ): Promise<FollowedOutput> {
   const lines: FollowedOutput = { stdout: [], stderr: [] };
+  let isOver = false;
   const read = async (): Promise<void> => {
-    for await (const { stream, text } of instance.logs({ follow: true }).lines()) lines[stream].push(text);
+    try {
+      for await (const { stream, text } of instance.logs({ follow: true }).lines()) lines[stream].push(text);
+    } finally {
+      isOver = true;
+    }
   };
-  const reached = (line: number): Promise<void> =>
-    eventually(patienceMs, () =>
-      assert.ok(lines.stdout.length >= line, `${lines.stdout.length} of ${line} lines came`),
-    );
+  const reached = async (line: number): Promise<void> => {
+    const cameInTime = await eventually(patienceMs, () => {
+      const came = lines.stdout.length >= line;
+      assert.ok(came || isOver, `${lines.stdout.length} of ${line} lines came`);
+      return came;
+    });
+    assert.ok(cameInTime, `the output was over after ${lines.stdout.length} of ${line} lines`);
+  };
   const makeFaults = async (): Promise<void> => {
     try {
       for (const { atLine, make } of faults) {
@@ -56,10 +68,12 @@ export async function followThrough(
       }
       await reached(Math.max(atLeast, lines.stdout.length + linesAfter));
     } finally {
-      await writeFile(join(workspace, enough), "");
+      // Where following failed early, the instance may have no folder yet.
+      await writeFile(join(workspace, enough), "").catch(() => undefined);
     }
   };
-  await Promise.all([read(), makeFaults()]);
+  const ends = await Promise.allSettled([read(), makeFaults()]);
+  for (const end of ends) if (end.status === "rejected") throw end.reason;
   return lines;
 }
 

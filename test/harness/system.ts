@@ -164,6 +164,11 @@ export class TestAgent implements AsyncDisposable {
     if (nodeEndpoint !== undefined) await writeFile(path, JSON.stringify({ ...node, nodeEndpoint }));
   }
 
+  /** Where an instance's workspace is on this machine. */
+  workspaceOf({ id }: { readonly id: string }): string {
+    return join(this.folder, "workspaces", id);
+  }
+
   get nodeId(): string {
     if (this.#nodeId === undefined) throw new Error(`${this.name} is not enrolled`);
     return this.#nodeId;

@@ -212,7 +212,7 @@ describe("a GPU", { skip: engineUnavailable, timeout: 300_000 }, () => {
       );
     });
     assert.equal(instance.state, "RUNNING", "what runs goes on");
-    await writeFile(join(system.agent("lis-1").folder, "workspaces", instance.id, "fail"), "");
+    await writeFile(join(system.agent("lis-1").workspaceOf(instance), "fail"), "");
     await eventually(patienceMs, async () => {
       const again = await instance.refresh();
       assert.deepEqual([again.attempt, instance.state, again.gpus.length], [2, "RUNNING", 1]);

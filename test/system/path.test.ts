@@ -89,7 +89,7 @@ describe("a customer's containers on three nodes", { skip: engineUnavailable, ti
     const lines: string[] = [];
     for await (const line of instance.logs({ follow: true }).lines()) {
       lines.push(line.text);
-      await writeFile(join(system.agent("mad-1").folder, "workspaces", instance.id, String(lines.length)), "");
+      await writeFile(join(system.agent("mad-1").workspaceOf(instance), String(lines.length)), "");
     }
     assert.deepEqual(lines, ["line 1", "line 2", "line 3", "line 4", "line 5"]);
     assert.equal((await instance.waitUntilStopped({ timeoutMs: 30_000 })).reason, InstanceReason.COMPLETED);

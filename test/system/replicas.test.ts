@@ -2,7 +2,6 @@
 // other runs, because every reconciler looks for itself. Output is read at either, wherever the node's session is and goes.
 // Then one of them drains under many streams.
 import assert from "node:assert/strict";
-import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { type ClodeiClient, type Instance, InstanceState, type RunSpec } from "@clodei/sdk";
 import { newId } from "@clodei/proto/ids";
@@ -19,8 +18,8 @@ const watches = 200;
 const watchers = 4;
 /** Of each stream. */
 const lines = 3_000;
-
-const numberedLines = `i=0; while [ $i -lt ${lines} ]; do i=$((i+1)); echo "out $i"; echo "err $i" >&2; done`;
+/** A shell script that writes them at once. */
+const someLines = `i=0; while [ $i -lt ${lines} ]; do i=$((i+1)); echo "out $i"; echo "err $i" >&2; done`;
 
 const sleeper: RunSpec = {
   image: testImage,
@@ -107,7 +106,7 @@ describe("two control planes on one database, without hints", { skip: engineUnav
   });
 
   test("output is the same at both replicas, while it comes and when it is there", async () => {
-    const instance = await near.instances.run({ ...sleeper, command: ["sh", "-c", numberedLines] });
+    const instance = await near.instances.run({ ...sleeper, command: ["sh", "-c", someLines] });
     const expected = Array.from({ length: lines }, (_, index) => index + 1);
     const text = (word: string): string => expected.map((number) => `${word} ${number}\n`).join("");
     const followed = await Promise.all(
@@ -183,7 +182,7 @@ describe("two control planes on one database, without hints", { skip: engineUnav
       { atLine: 800, make: () => moveTo(1) },
       { atLine: 1200, make: kill },
     ];
-    const workspace = join(agent.folder, "workspaces", instance.id);
+    const workspace = agent.workspaceOf(instance);
     const before = await relayedBytes(0);
     await assertEachLineOnce(await followThrough(faults, instance, workspace), workspace);
     assert.ok((await relayedBytes(0)) > before);

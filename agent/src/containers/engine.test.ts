@@ -466,7 +466,8 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
     const deaf = await run(spec("trap '' TERM; while :; do sleep 0.1; done"));
     const begin = performance.now();
     await containers.stop(deaf, 1000, signal);
-    assert.ok(performance.now() - begin < 6000);
+    // It ignores the signal for as long as it is there.
+    assert.ok(performance.now() - begin >= 1000);
     assert.equal((await observe(deaf))?.exitCode, 137);
     for (const key of [polite, deaf]) {
       const network = await networkOf(key.id);
@@ -518,10 +519,14 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
       await resting.prepareNetworks(signal);
       assert.equal((await listNetworks(engine, node)).length, 1);
       await resting.remove(first, signal);
-      await prepare(second, spec("true"), mine);
-      await mine.prepareNetworks(signal);
-      assert.equal((await listNetworks(engine, node)).length, 3);
-      await mine.remove(second, signal);
+      const soon = make({ nodeId: node, networkRestMs: 1000 });
+      await prepare(second, spec("true"), soon);
+      await eventually(20_000, async () => {
+        await soon.prepareNetworks(signal);
+        assert.equal((await listNetworks(engine, node)).length, 3);
+      });
+      await soon.remove(second, signal);
+      await soon.dropNetworks(signal);
     });
 
     it("are swept where nobody needs them, the node's own alone", async () => {
@@ -570,7 +575,7 @@ describe("containers on a real engine", { skip: engineUnavailable }, () => {
       for await (const key of containers.events(signal)) seen.push(key);
     })();
     const lost = assert.rejects(watching, fails("away"));
-    // Events come from when the engine began to tell them, which nobody tells.
+    // The engine does not say from when on it tells events: another container is made until one is told of.
     const key = await eventually(20_000, async () => {
       const made = await run(spec("sleep 100"));
       await eventually(500, () => assert.ok(seen.some(({ instanceId }) => instanceId === made.instanceId)));

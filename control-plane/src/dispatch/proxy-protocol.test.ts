@@ -106,7 +106,6 @@ describe("the node listener", { skip: linuxOnly }, () => {
     fleet = await TestFleet.start();
     node = await fleet.enroll();
     proxied = await fleet.startReplica({
-      leaseMs: 20_000,
       maxConnectionsPerAddress: 2,
       proxyProtocolFrom: new TrustedProxies([proxy]),
       limits: { proxyHeaderTimeoutMs: 1_000 },
@@ -185,7 +184,7 @@ describe("the node listener", { skip: linuxOnly }, () => {
   });
 
   test("takes no header at all where none is configured", async () => {
-    const direct = await fleet.startReplica({ leaseMs: 20_000 });
+    const direct = await fleet.startReplica();
     for (const [header] of Object.values(headers)) {
       assert.equal((await connect(direct, proxy, header)).served, false);
     }

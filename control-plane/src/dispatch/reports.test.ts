@@ -18,7 +18,7 @@ let replica: Replica;
 
 before(async () => {
   fleet = await TestFleet.start();
-  replica = await fleet.startReplica({ leaseMs: 20_000 });
+  replica = await fleet.startReplica();
 });
 after(() => fleet[Symbol.asyncDispose]());
 

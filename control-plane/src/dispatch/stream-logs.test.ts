@@ -22,7 +22,7 @@ before(async () => {
   fleet = await TestFleet.start();
   replica = await fleet.startReplica({
     leaseMs: 30_000,
-    limits: { maxLogStreamsPerCaller: 3, maxLogStreamsPerNode: 4, logsOpenTimeoutMs: 1_500 },
+    limits: { maxLogStreamsPerCaller: 3, maxLogStreamsPerNode: 4, logsOpenTimeoutMs: 60_000 },
   });
 });
 after(() => fleet[Symbol.asyncDispose]());
@@ -168,6 +168,21 @@ test("a node that is away: whoever does not follow is told to come back, whoever
   assert.equal(reader.text(), "late\n");
 });
 
+test("an agent that does not open a stream in time is asked again for a follower", async () => {
+  const hasty = await fleet.startReplica({ leaseMs: 30_000, limits: { logsOpenTimeoutMs: 1_500 } });
+  const hello = { sessionSecret: secret, journalSequence: 1n, containers: [{ instanceId, attempt: 1 }] };
+  ({ agent } = await ScriptedAgent.open(clientOf(hasty), hello));
+  const reader = collect(fleet.streamLogs(hasty, { instanceId, follow: true }));
+  const ignored = await agent.next("openLogs");
+  const open = await agent.next("openLogs");
+  assert.notEqual(open.streamId, ignored.streamId);
+  const upload = agent.upload(open);
+  sendText(upload, 0, "after all\n");
+  upload.end(true);
+  assert.equal(await reader.done, "ended");
+  assert.equal(reader.text(), "after all\n");
+});
+
 test("a reader who goes away ends the agent's stream", async () => {
   const abort = new AbortController();
   const reader = collect(fleet.streamLogs(replica, { instanceId, follow: true }, { signal: abort.signal }));
@@ -238,7 +253,9 @@ test("streams of one caller and of one node are limited", async () => {
   const third = collect(
     fleet.streamLogs(replica, { instanceId: await fleet.createInstance(replica, hugeSpec), follow: true }, options),
   );
-  await new Promise((resolve) => setTimeout(resolve, 100));
+  await eventually("the third waits for its instance", async () => {
+    return /^clodei_log_streams 3$/m.test(await replica.registry.metrics());
+  });
   assertReason(await collect(fleet.streamLogs(replica, { instanceId })).done, ErrorReason.RATE_LIMITED);
   abort.abort();
   await Promise.all([...readers, third].map(({ done }) => done));

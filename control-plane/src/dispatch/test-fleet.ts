@@ -88,7 +88,7 @@ export class TestFleet implements AsyncDisposable {
     const wakeups = this.#resources.use(new Wakeups({ connection: server.system, log }));
     await wakeups.start();
     const { clock } = this;
-    const leaseMs = config.leaseMs ?? 3_000;
+    const leaseMs = config.leaseMs ?? 20_000;
     const nodes = new NodesService({ enrollment: this.enrollment, clock, wakeups, log, registry, leaseMs });
     const placement = new PlacementService(nodes);
     const instances = new InstancesService({
@@ -120,7 +120,7 @@ export class TestFleet implements AsyncDisposable {
         pollIntervalMs: 500,
         drainMs: 2_000,
         ...config,
-        limits: { probeTimeoutMs: 600, cloneGraceMs: 100, ...config.limits },
+        limits: { probeTimeoutMs: 2_000, cloneGraceMs: 100, ...config.limits },
       },
     });
     this.#resources.defer(() => listener.close());

@@ -166,8 +166,8 @@ describe("a watch", () => {
     }
     await watching.stop();
     const median = delays.toSorted((a, b) => a - b)[10] ?? Infinity;
-    // The poll is a second away. Far above what is measured (about a millisecond), for a machine that is busy.
-    assert.ok(median < 100, `the median is ${median} ms`);
+    // By the poll it would be a second. Far above what is measured (about a millisecond), for a machine that is busy.
+    assert.ok(median < 500, `the median is ${median} ms`);
   });
 
   it("sends every instance of more than a page, each as it is at the bookmark", async () => {

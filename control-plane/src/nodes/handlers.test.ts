@@ -297,9 +297,7 @@ describe("WatchNodes", () => {
     const other = await fleet.db.database.system((tx) => listener.identity.createOperator(tx, { name: "leaving" }));
     const stream = createClient(NodeService, transport(other.apiKey)).watchNodes({})[Symbol.asyncIterator]();
     await read(stream, isBookmark);
-    const startMs = performance.now();
     await fleet.db.database.system((tx) => listener.identity.revokeApiKey(tx, other.id));
     await assert.rejects(stream.next(), refused(Code.PermissionDenied, "PERMISSION_DENIED"));
-    assert.ok(performance.now() - startMs < 1000);
   });
 });

@@ -146,7 +146,7 @@ describe("idempotency", () => {
       return true;
     });
     const waitedMs = performance.now() - startMs;
-    assert.ok(waitedMs >= 4_900 && waitedMs < 9_000, `it waited ${waitedMs} ms`);
+    assert.ok(waitedMs >= 4_900 && waitedMs < 60_000, `it waited ${waitedMs} ms`);
     mayEnd.resolve();
     await first;
   });
