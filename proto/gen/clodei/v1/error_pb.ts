@@ -252,7 +252,7 @@ export const ErrorReason = {
   INTERNAL: 32,
 
   /**
-   * The deadline of the request passed.
+   * The deadline of the request passed, or the request did not come whole within 30 seconds.
    *
    * @generated from enum value: ERROR_REASON_DEADLINE_EXCEEDED = 33;
    */
