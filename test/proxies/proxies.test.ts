@@ -96,7 +96,7 @@ function startNginx(certificate: Certificate, behind: Behind): Promise<Proxy> {
     );
     const modules = join(folder, "modules-enabled");
     await mkdir(modules, { recursive: true });
-    const streamModule = join(findUnpacked("nginx")?.folder ?? "/", "usr/lib/nginx/modules/ngx_stream_module.so");
+    const [streamModule] = findUnpacked("nginx")?.modules ?? [];
     await writeFile(join(modules, "stream.conf"), `load_module ${streamModule};\n`);
     const text = replaced(documented, {
       "/etc/nginx/modules-enabled/": `${modules}/`,

@@ -11,23 +11,21 @@ const execute = promisify(execFile);
 /** What it prints is in English: reasons are read from it. */
 const run = (program, parameters, options = {}) =>
   execute(program, parameters, { ...options, env: { ...process.env, LC_ALL: "C" } });
-const nothing = () => undefined;
 /** After which a package that no list had is asked for again. */
 const askAgainMs = 24 * 60 * 60 * 1000;
 
 /**
- * Each program: its file, what else it needs beside that, and the packages that have them. Of one installation, or of one
- * unpacking: nginx takes modules of its own version alone.
+ * Each program: its packages, its file, and what it loads. Of one installation, or of one unpacking: nginx takes modules
+ * of its own version alone.
  */
 const programs = {
-  haproxy: { file: "usr/sbin/haproxy", packages: ["haproxy"] },
+  haproxy: { packages: ["haproxy"], files: ["usr/sbin/haproxy"] },
   nginx: {
-    file: "usr/sbin/nginx",
-    beside: "usr/lib/nginx/modules/ngx_stream_module.so",
     packages: ["nginx", "libnginx-mod-stream"],
+    files: ["usr/sbin/nginx", "usr/lib/nginx/modules/ngx_stream_module.so"],
   },
-  pgbouncer: { file: "usr/sbin/pgbouncer", packages: ["pgbouncer"] },
-  "postgresql-15": { file: "usr/lib/postgresql/15/bin/postgres", packages: ["postgresql-15"] },
+  pgbouncer: { packages: ["pgbouncer"], files: ["usr/sbin/pgbouncer"] },
+  "postgresql-15": { packages: ["postgresql-15"], files: ["usr/lib/postgresql/15/bin/postgres"] },
 };
 
 /** @typedef {keyof typeof programs} UnpackedName */
@@ -36,16 +34,16 @@ const programs = {
 export const unpackedNames = /** @type {UnpackedName[]} */ (Object.keys(programs));
 
 /**
- * Where a program is, in which folder the files of its packages are, and where the libraries are that it needs beside the
- * system's.
+ * Where a program is, and what it loads, and where the libraries are that it needs beside the system's.
  * @param {UnpackedName} name
- * @returns {{ path: string, folder: string, libraries: string | undefined } | undefined}
+ * @returns {{ path: string, modules: string[], libraries: string | undefined } | undefined}
  */
 export function findUnpacked(name) {
-  const path = join("/", programs[name].file);
-  if (isWhole(name, "/")) return { path, folder: "/", libraries: undefined };
+  const [installed, ...installedModules] = filesIn("/", name);
+  if (isWhole("/", name)) return { path: installed, modules: installedModules, libraries: undefined };
   const folder = join(cache, name);
-  if (!isWhole(name, folder)) return undefined;
+  if (!isWhole(folder, name)) return undefined;
+  const [path, ...modules] = filesIn(folder, name);
   const libraries = ["usr/lib", "lib"].flatMap((place) => {
     const parent = join(folder, place);
     if (!existsSync(parent)) return [];
@@ -53,12 +51,15 @@ export function findUnpacked(name) {
       .filter((entry) => entry.endsWith("-linux-gnu"))
       .map((entry) => join(parent, entry));
   });
-  return { path: join(folder, path), folder, libraries: libraries.join(":") };
+  return { path, modules, libraries: libraries.join(":") };
 }
 
-function isWhole(name, folder) {
-  const { file, beside } = programs[name];
-  return [file, beside ?? file].every((each) => existsSync(join(folder, each)));
+function filesIn(folder, name) {
+  return programs[name].files.map((file) => join(folder, file));
+}
+
+function isWhole(folder, name) {
+  return filesIn(folder, name).every((file) => existsSync(file));
 }
 
 /**
@@ -90,11 +91,12 @@ async function unpackAll(names, progress) {
   // The lists of a fresh machine are empty and those of an old one name files that are gone: update, once.
   const isUpdated = await run("apt-get", ["-qq", "update", "--error-on=any"]).then(
     () => true,
-    // Some of the lists may be new nevertheless; and an apt that does not know the option has updated none.
-    () => run("apt-get", ["-qq", "update"]).then(nothing, nothing),
+    () => false,
   );
+  // Some of the lists are new nevertheless, and an apt that does not know the option has updated none.
+  if (!isUpdated) await run("apt-get", ["-qq", "update"]).catch(() => undefined);
   const again = await tryEach([...failed.keys()]);
-  if (isUpdated === true) for (const [name, reason] of again) noteRefusal(name, reason);
+  if (isUpdated) for (const [name, reason] of again) noteRefusal(name, reason);
   return [...again.values()];
 }
 
@@ -142,7 +144,7 @@ async function unpack(name) {
   await run("apt-get", ["-qq", "download", ...(await neededPackages(name))], { cwd: downloads });
   for (const file of readdirSync(downloads)) await run("dpkg-deb", ["--extract", join(downloads, file), attempt]);
   rmSync(downloads, { recursive: true });
-  if (!isWhole(name, attempt)) throw new Error(`the package has no ${programs[name].file}`);
+  if (!isWhole(attempt, name)) throw new Error(`the packages lack one of ${programs[name].files.join(", ")}`);
   // In one step: what an interrupted attempt left looks like a package.
   rmSync(folder, { recursive: true, force: true });
   renameSync(attempt, folder);
