@@ -30,7 +30,7 @@ function adminCallerOf(): CustomerCaller {
   return caller;
 }
 
-describe("the public listener", () => {
+describe("the public listener", { timeout: 120_000 }, () => {
   test("speaks Connect, gRPC and gRPC-Web over both HTTP versions on one port", async () => {
     await using listener = await startTestListener(showingRoutes);
     for (const kind of transportKinds) {
@@ -284,7 +284,7 @@ describe("the public listener", () => {
     );
   });
 
-  test("ends an open stream within a second of its caller's access, and keeps it while the database cannot be asked", async () => {
+  test("ends an open stream with its caller's access, and keeps it while the database cannot be asked", async () => {
     let holds = true;
     let broken = true;
     await using listener = await startTestListener(showingRoutes, {

@@ -94,6 +94,7 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
     records.set(request, record);
     logAccess(request, response, record, options);
     setHeaders(response, { "strict-transport-security": strictTransportSecurity });
+    limitBodyTime(request, response, record, options.requestTimeoutMs ?? defaultRequestTimeoutMs);
     const cors = {
       method: request.method,
       origin: request.headers.origin,
@@ -105,7 +106,6 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
       response.end();
       return;
     }
-    limitBodyTime(request, response, record, options.requestTimeoutMs ?? defaultRequestTimeoutMs);
     const method = served.get(request.url?.split("?", 1)[0] ?? "");
     const refusal = method === undefined ? unknownPath : refusalOf(request, method);
     if (refusal !== undefined) {
@@ -151,33 +151,52 @@ function createRecorder(options: PublicListenerOptions): (request: Request, resp
 function limitBodyTime(request: Request, response: Response, record: RequestRecord, timeoutMs: number): void {
   const isReflection = request.url?.startsWith("/grpc.reflection.") === true;
   const limitMs = isReflection ? reflectionTimeoutMs : timeoutMs;
+  const endUnread = "stream" in response ? endsUnread(response.stream) : undefined;
   const timer = setTimeout(() => {
+    if (hasComeWhole(request)) return;
     const text = `the request did not come whole within ${limitMs / 1_000} s: send it again`;
     const error = toConnectError(new DomainError(ErrorReason.DEADLINE_EXCEEDED, text), record.requestId);
     record.code ??= codeName(error.code);
     onceOf(request, "error", () => undefined);
     // Thrown where the body is read, which answers in the request's protocol. In HTTP/1.1 the connection ends with it.
-    request.destroy("stream" in response ? error : undefined);
+    request.destroy(endUnread === undefined ? undefined : error);
+    endUnread?.();
   }, limitMs);
   const stop = (): void => clearTimeout(timer);
   onceOf(request, "end", stop);
   onceOf(response, "close", stop);
-  // In HTTP/1.1 Node does so by itself.
-  if ("stream" in response) dropUnreadBody(response.stream);
+}
+
+/** Whether the client has sent all of it, read or not: the body of a GET is not. */
+function hasComeWhole(request: Request): boolean {
+  return "stream" in request ? request.stream.state.remoteClose === 1 : request.complete;
 }
 
 /**
- * Ends a stream whose answer did not wait for the whole body. Until both have ended the stream counts as open, for its
- * connection and for its caller, and a client that is not read from may wait for ever.
+ * Ends a stream of HTTP/2 whose answer did not wait for the whole body. Until both have ended the stream counts as open,
+ * for its connection and for its caller, and a client that is not read from may wait for ever. (In HTTP/1.1 Node drops
+ * such a body, for as long as it takes any request.)
+ *
+ * @returns What does so also where no answer's end is told: that of a HEAD is over before it begins.
  */
-function dropUnreadBody(stream: ServerHttp2Stream): void {
-  stream.once("finish", () => {
-    if (stream.readableEnded) return;
+function endsUnread(stream: ServerHttp2Stream): () => void {
+  let timer: NodeJS.Timeout | undefined;
+  const closeSoon = (): void => {
+    timer = setTimeout(() => {
+      // The trailers may be behind data that the client does not take. Once they are out, this code says that nothing was
+      // wrong (RFC 9113, section 8.1).
+      if (stream.state.localClose === 1) stream.close(constants.NGHTTP2_NO_ERROR);
+      else closeSoon();
+    }, unreadBodyMs);
+  };
+  const end = (): void => {
+    if (stream.readableEnded || stream.destroyed || timer !== undefined) return;
     stream.removeAllListeners("data").resume();
-    // Not at once: the trailers may be behind. With this code it is no error of the request (RFC 9113, section 8.1).
-    const timer = setTimeout(() => stream.close(constants.NGHTTP2_NO_ERROR), unreadBodyMs);
-    stream.once("close", () => clearTimeout(timer));
-  });
+    closeSoon();
+  };
+  const stop = (): void => clearTimeout(timer);
+  stream.once("finish", end).once("end", stop).once("close", stop);
+  return end;
 }
 
 function logAccess(request: Request, response: Response, record: RequestRecord, options: PublicListenerOptions): void {
