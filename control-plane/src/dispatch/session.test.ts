@@ -125,7 +125,7 @@ test("a late Hello whose connection is gone by the answer quarantines nobody", a
   honest.agent.break();
 });
 
-test("revocation closes the stream within a second, and the node may not come back", async () => {
+test("revocation closes the stream, and the node may not come back", async () => {
   const node = await fleet.enroll();
   const { agent } = await ScriptedAgent.open(clientOf(node));
   await fleet.revoke(node.nodeId);

@@ -293,7 +293,7 @@ describe("WatchNodes", () => {
     abort.abort();
   });
 
-  test("ends within a second for an operator whose key is revoked", async () => {
+  test("ends for an operator whose key is revoked", async () => {
     const other = await fleet.db.database.system((tx) => listener.identity.createOperator(tx, { name: "leaving" }));
     const stream = createClient(NodeService, transport(other.apiKey)).watchNodes({})[Symbol.asyncIterator]();
     await read(stream, isBookmark);

@@ -5,9 +5,9 @@ import { connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import { setTimeout as sleep } from "node:timers/promises";
 import { newId, type OrganizationId } from "@clodei/proto/ids";
 import pg from "pg";
+import { eventually } from "../../../test/harness/eventually.ts";
 import { Database, DatabaseAwayError, idArray } from "./database.ts";
 import { DomainError } from "./errors.ts";
 import { ErrorReason } from "@clodei/proto/gen/clodei/v1/error";
@@ -237,7 +237,7 @@ describe("the database", () => {
     // As a network that drops packets: nothing arrives, and nobody is told.
     for (const socket of proxy.sockets) socket.unpipe().pause();
     assert.equal(await database.isHealthy(500), false);
-    while (!(await database.isHealthy())) await sleep(100);
+    await eventually(30_000, async () => assert.ok(await database.isHealthy()));
     for (const socket of proxy.sockets) socket.destroy();
     await database.close();
   });
