@@ -49,6 +49,8 @@ type Pools = {
   readonly certificateRequest: Uint8Array;
 };
 
+const instanceIdPattern = /ins_[0-9a-hjkmnp-tv-z]{26}/g;
+
 function hintsOf(pools: Pools): Hints {
   const from = (pool: readonly string[]): fc.Arbitrary<string> =>
     fc.nat().map((index) => pool[index % pool.length] ?? "");
@@ -110,8 +112,13 @@ test(
     const connections = await controlPlane.metric("clodei_public_connections");
     const clients = new Map([...callers.keys()].map((name) => [name, controlPlane.attack()]));
     const counts = new Map<string, number>();
+    /** Ids that a caller wrote into instances of its own, as an image's name say: each answer about those shows them. */
+    const quoted = new Map([...callers.keys()].map((name) => [name, new Set<string>()]));
     const perform = async (call: Call): Promise<void> => {
       const caller = callers.get(call.caller) ?? anonymous;
+      if (call.method.name === "CreateInstance") {
+        for (const [id] of toJsonText(call.tree).matchAll(instanceIdPattern)) quoted.get(caller.name)?.add(id);
+      }
       const { sent, answer } = await send(call, caller, clients.get(call.caller));
       const what = `${describeCall(call)} → ${answer.code} ${answer.reason ?? ""}`;
       const key = `${call.method.parent.typeName}/${call.method.name}`;
@@ -126,10 +133,10 @@ test(
         assert.ok(name === caller.name || !answer.text.includes(marker), `${what} shows what is of ${name}`);
       }
       assert.ok(caller === operator || !answer.text.includes(nodeMarker), `${what} shows the name of a node`);
-      for (const [id] of answer.text.matchAll(/ins_[0-9a-hjkmnp-tv-z]{26}/g)) {
+      for (const [id] of answer.text.matchAll(instanceIdPattern)) {
         const owner = owners.get(id);
         assert.ok(
-          owner === undefined || owner === caller.name || sent.includes(id),
+          owner === undefined || owner === caller.name || sent.includes(id) || quoted.get(caller.name)?.has(id),
           `${what} shows the instance ${id}`,
         );
         if (owner !== undefined || answer.code !== "ok" || call.method.name !== "CreateInstance") continue;
