@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { after, before, beforeEach, describe, it } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { AttemptPhase, DesiredState } from "@clodei/proto/gen/clodei/node/v1/node_link_service";
 import { Availability } from "@clodei/proto/gen/clodei/v1/catalog_service";
 import { InstanceReason, InstanceState, RestartPolicy, type InstanceSpec } from "@clodei/proto/gen/clodei/v1/instance";
@@ -413,6 +414,8 @@ describe("an organization", () => {
 describe("a GPU that two nodes report", () => {
   it("is offered and given once: by the node that takes work, and of two by the older one", async () => {
     const older = await addNode(fixture, { gpus: 1, model: "B200" });
+    // Ids of one millisecond do not tell which is older.
+    await sleep(2);
     const newer = await addNode(fixture, { gpus: 1, model: "B200" });
     await administer("update nodes set inventory = (select inventory from nodes where id = $1) where id = $2", [
       older,
