@@ -11,6 +11,7 @@ import { join } from "node:path";
 import { newId } from "@clodei/proto/ids";
 import { randomBytes } from "node:crypto";
 import { type ContainerSettings, containerBody, networkBody } from "../../agent/src/containers/container-body.ts";
+import { readyNetworks } from "../../agent/src/containers/networks.ts";
 import { callEngine } from "../../tools/engine/api.ts";
 import { inspectContainer, listContainers, listNetworks } from "../harness/containers.ts";
 import { createContainer, removeContainer } from "./engine-calls.ts";
@@ -18,8 +19,6 @@ import { eventually } from "../harness/eventually.ts";
 import { testImage, TestSystem } from "../harness/system.ts";
 import { type Figure, quantile, rounded } from "./figures.ts";
 
-/** At rest there are those that an agent keeps ready (agent/src/containers/networks.ts), and no others. */
-const readyNetworks = 2;
 const rounds = 60;
 const warmUpRounds = 3;
 const ratioGoal = 1.15;
@@ -113,6 +112,7 @@ export async function benchStart(): Promise<Figure[]> {
   const ours: number[] = [];
   const bare: number[] = [];
   const bareAgain: number[] = [];
+  // At rest there are those that the agent keeps ready, and no others.
   const rest = (): Promise<void> =>
     eventually(30_000, async () => assert.equal((await listNetworks(system.engine)).length, readyNetworks));
   for (let round = -warmUpRounds; round < rounds; round++) {

@@ -39,19 +39,21 @@ export const unpackedNames = /** @type {UnpackedName[]} */ (Object.keys(programs
  * @returns {{ path: string, modules: string[], libraries: string | undefined } | undefined}
  */
 export function findUnpacked(name) {
-  const [installed, ...installedModules] = filesIn("/", name);
-  if (isWhole("/", name)) return { path: installed, modules: installedModules, libraries: undefined };
-  const folder = join(cache, name);
-  if (!isWhole(folder, name)) return undefined;
+  const folder = ["/", join(cache, name)].find((each) => isWhole(each, name));
+  if (folder === undefined) return undefined;
   const [path, ...modules] = filesIn(folder, name);
-  const libraries = ["usr/lib", "lib"].flatMap((place) => {
+  return { path, modules, libraries: folder === "/" ? undefined : librariesIn(folder) };
+}
+
+function librariesIn(folder) {
+  const folders = ["usr/lib", "lib"].flatMap((place) => {
     const parent = join(folder, place);
     if (!existsSync(parent)) return [];
     return readdirSync(parent)
       .filter((entry) => entry.endsWith("-linux-gnu"))
       .map((entry) => join(parent, entry));
   });
-  return { path, modules, libraries: libraries.join(":") };
+  return folders.join(":");
 }
 
 function filesIn(folder, name) {

@@ -15,7 +15,7 @@ const maxSubnetTries = 64;
 const maxRemovalTries = 5;
 const removalRetryMs = 100;
 /** Two starts at once find one. More would cost an agent's first and last seconds more than they give. */
-const readyNetworks = 2;
+export const readyNetworks = 2;
 /** After a network was taken a container starts: so long the engine is left to that, where nothing else is said. */
 const defaultRestMs = 1000;
 

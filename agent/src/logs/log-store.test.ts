@@ -115,8 +115,7 @@ describe("logs of real containers", { skip: engineUnavailable }, () => {
     const hush = "[ $((i % 100)) = 0 ] && while [ -e /workspace/hush ]; do : > /workspace/hushed; usleep 10000; done";
     const script = `i=1; while [ $i -le ${lines} ]; do echo out$i; echo err$i >&2; ${rest}; ${hush}; i=$((i+1)); done; exit 0`;
     const key = await run(script);
-    const [hushFile, hushedFile] = ["hush", "hushed"].map((name) => join(folder, "workspaces", key.instanceId, name));
-    assert.ok(hushFile !== undefined && hushedFile !== undefined);
+    const workspace = join(folder, "workspaces", key.instanceId);
     const received = new Received();
     let collections = 0;
     let engineRestarts = 0;
@@ -141,14 +140,14 @@ describe("logs of real containers", { skip: engineUnavailable }, () => {
       if (collections === 3 || collections === 5) {
         // The first of them under a collector that goes on, the second while nobody collects.
         if (collections === 5) stop.abort();
-        await writeFile(hushFile, "");
-        await eventually(60_000, () => stat(hushedFile));
+        await writeFile(join(workspace, "hush"), "");
+        await eventually(60_000, () => stat(join(workspace, "hushed")));
         // For what is between the script and the engine's file.
         await new Promise((resolve) => setTimeout(resolve, 1000));
         await engine.stopDaemon();
         await engine.startDaemon();
-        await rm(hushedFile);
-        await rm(hushFile);
+        await rm(join(workspace, "hushed"));
+        await rm(join(workspace, "hush"));
         engineRestarts += 1;
         await Promise.race([reading, new Promise((resolve) => setTimeout(resolve, 100))]);
       }

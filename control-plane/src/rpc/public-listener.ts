@@ -1,8 +1,6 @@
 // The public listener: Connect, gRPC, gRPC-Web and JSON over HTTP/1.1 and HTTP/2, on one port. The limits here were
 // measured: the defaults of the libraries are about 4 GiB a message and no bound on streams.
 import { randomUUID } from "node:crypto";
-import type { EventEmitter } from "node:events";
-import { constants, type ServerHttp2Stream } from "node:http2";
 import type { ConnectRouter } from "@connectrpc/connect";
 import { errorToJson } from "@connectrpc/connect/protocol-connect";
 import { setTrailerStatus } from "@connectrpc/connect/protocol-grpc";
@@ -17,12 +15,14 @@ import { codeName, readMaxBytes, toConnectError } from "./errors.ts";
 import { createGate, createInterceptors, drainError, type PipelineOptions } from "./interceptors.ts";
 import type { Metrics } from "./metrics.ts";
 import {
+  onceOf,
   type PublicServer,
   type PublicServerOptions,
   type Request,
   type Response,
   startPublicServer,
 } from "./public-server.ts";
+import { limitBodyTime } from "./request-body.ts";
 
 /** A method as the library serves it, in all of its protocols. */
 type ServedMethod = ConnectRouter["handlers"][number];
@@ -42,8 +42,6 @@ export type PublicListenerOptions = Omit<PipelineOptions, "shutdownSignal"> &
 export type PublicListener = PublicServer;
 
 const defaultRequestTimeoutMs = 30_000;
-/** Time for the rest of a body for which the answer did not wait. */
-const unreadBodyMs = 1_000;
 /** Reflection is the client's own stream, for which nobody needs credentials: a tool that explores comes back. */
 const reflectionTimeoutMs = 5 * 60_000;
 /** Two years, as browsers' preload lists ask. */
@@ -94,7 +92,7 @@ function createRequestHandler(options: PublicListenerOptions, shutdownSignal: Ab
     records.set(request, record);
     logAccess(request, response, record, options);
     setHeaders(response, { "strict-transport-security": strictTransportSecurity });
-    limitBodyTime(request, response, record, options.requestTimeoutMs ?? defaultRequestTimeoutMs);
+    limitTime(request, response, record, options.requestTimeoutMs ?? defaultRequestTimeoutMs);
     const cors = {
       method: request.method,
       origin: request.headers.origin,
@@ -147,56 +145,15 @@ function createRecorder(options: PublicListenerOptions): (request: Request, resp
   };
 }
 
-/** A body that trickles in holds memory and a stream. Only gRPC's own content type can carry a client's stream. */
-function limitBodyTime(request: Request, response: Response, record: RequestRecord, timeoutMs: number): void {
+function limitTime(request: Request, response: Response, record: RequestRecord, timeoutMs: number): void {
   const isReflection = request.url?.startsWith("/grpc.reflection.") === true;
   const limitMs = isReflection ? reflectionTimeoutMs : timeoutMs;
-  const endUnread = "stream" in response ? endsUnread(response.stream) : undefined;
-  const timer = setTimeout(() => {
-    if (hasComeWhole(request)) return;
+  limitBodyTime(request, response, limitMs, () => {
     const text = `the request did not come whole within ${limitMs / 1_000} s: send it again`;
     const error = toConnectError(new DomainError(ErrorReason.DEADLINE_EXCEEDED, text), record.requestId);
     record.code ??= codeName(error.code);
-    onceOf(request, "error", () => undefined);
-    // Thrown where the body is read, which answers in the request's protocol. In HTTP/1.1 the connection ends with it.
-    request.destroy(endUnread === undefined ? undefined : error);
-    endUnread?.();
-  }, limitMs);
-  const stop = (): void => clearTimeout(timer);
-  onceOf(request, "end", stop);
-  onceOf(response, "close", stop);
-}
-
-/** Whether the client has sent all of it, read or not: the body of a GET is not. */
-function hasComeWhole(request: Request): boolean {
-  return "stream" in request ? request.stream.state.remoteClose === 1 : request.complete;
-}
-
-/**
- * Ends a stream of HTTP/2 whose answer did not wait for the whole body. Until both have ended the stream counts as open,
- * for its connection and for its caller, and a client that is not read from may wait for ever. (In HTTP/1.1 Node drops
- * such a body, for as long as it takes any request.)
- *
- * @returns What does so also where no answer's end is told: that of a HEAD is over before it begins.
- */
-function endsUnread(stream: ServerHttp2Stream): () => void {
-  let timer: NodeJS.Timeout | undefined;
-  const closeSoon = (): void => {
-    timer = setTimeout(() => {
-      // The trailers may be behind data that the client does not take. Once they are out, this code says that nothing was
-      // wrong (RFC 9113, section 8.1).
-      if (stream.state.localClose === 1) stream.close(constants.NGHTTP2_NO_ERROR);
-      else closeSoon();
-    }, unreadBodyMs);
-  };
-  const end = (): void => {
-    if (stream.readableEnded || stream.destroyed || timer !== undefined) return;
-    stream.removeAllListeners("data").resume();
-    closeSoon();
-  };
-  const stop = (): void => clearTimeout(timer);
-  stream.once("finish", end).once("end", stop).once("close", stop);
-  return end;
+    return error;
+  });
 }
 
 function logAccess(request: Request, response: Response, record: RequestRecord, options: PublicListenerOptions): void {
@@ -284,9 +241,4 @@ function setHeaders(response: Response, headers: Record<string, string>): void {
 function headerOf(request: Request, name: string): string | undefined {
   const value = request.headers[name];
   return Array.isArray(value) ? value[0] : value;
-}
-
-/** Requests of HTTP/1.1 and of HTTP/2 have the same events, in types that TypeScript cannot unite. */
-function onceOf(emitter: EventEmitter, event: string, listener: () => void): void {
-  emitter.once(event, listener);
 }

@@ -17,6 +17,11 @@ export type RequestHandler = ReturnType<typeof connectNodeAdapter>;
 export type Request = Parameters<RequestHandler>[0];
 export type Response = Parameters<RequestHandler>[1];
 
+/** Requests of HTTP/1.1 and of HTTP/2 have the same events, in types that TypeScript cannot unite. */
+export function onceOf(emitter: EventEmitter, event: string, listener: () => void): void {
+  emitter.once(event, listener);
+}
+
 /** A certificate and its key, as PEM. */
 export type ListenerTls = { readonly certificateChainPem: string; readonly privateKeyPem: string };
 
